@@ -52,7 +52,7 @@ def _run(argv: Sequence[str] | None) -> int:
     keep_loopback_direct(os.environ)
     try:
         with stopped_by_signals():
-            return int(arguments.handler(arguments))
+            return int(arguments.handler(arguments) or 0)
     except FedzoError as error:
         print(f"fedzo: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError) else RUN_FAILED
@@ -69,7 +69,7 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         said = printable(str(error) or type(error).__name__, most=200).rstrip(".")
         remedy = "Free some, lower model.tokens_per_batch, or write model.dtype=bfloat16."
-        print(f"fedzo {arguments.command}: the memory does not suffice ({said}). {remedy}", file=sys.stderr)
+        print(f"fedzo {arguments.command}: out of memory ({said}). {remedy}", file=sys.stderr)
         return RUN_FAILED
     except KeyboardInterrupt as stop:
         run = getattr(arguments, "run", None)

@@ -13,7 +13,8 @@ from fedzo.errors import ConfigError
 if TYPE_CHECKING:
     from fedzo.config.schema import LaunchConfig
 
-Handler = Callable[[Namespace], int]
+Handler = Callable[[Namespace], int | None]
+"""Carries out a command; returns its exit code where that may be another than 0."""
 
 
 class AddCommand(Protocol):
@@ -86,6 +87,6 @@ def total_rounds(text: str) -> int:
     key, _, number = text.partition("=")
     if key != "fl.rounds":
         raise ArgumentTypeError(
-            f"a run keeps the settings that it began with; only fl.rounds=N can make it longer, got {text!r}"
+            f"a run keeps its settings: only fl.rounds=N can be given, to make it longer, got {text!r}"
         )
     return whole_number(1)(number)

@@ -20,7 +20,7 @@ def add_run_commands(add: AddCommand) -> None:
 
     own = add("resume", resume, "continue a run that was stopped, or make it longer")
     add_run(own)
-    more = "go on to this many rounds, more than the run was begun with; no other setting of a run can change"
+    more = "new total number of rounds, above the present one; no other setting of a run can change"
     own.add_argument("rounds", metavar="fl.rounds=N", nargs="?", type=total_rounds, help=more)
     own.set_defaults(resumable=True)
 
@@ -41,12 +41,10 @@ def add_run_commands(add: AddCommand) -> None:
     own.add_argument("run", metavar="RUN", nargs="?", help="run folder")
     own.add_argument("prompts", metavar="PROMPT", nargs="*", help="text to continue")
     own.add_argument("--model", metavar="MODEL", help="a model folder or hub name instead of a run")
-    own.add_argument(
-        "--prompts", dest="rows", metavar="FILE", help="rows with a column prompt, and tables of their own"
-    )
-    own.add_argument("--tables", metavar="FILE,...", help="of a sketch: files of fedzo export --tables, one a user")
+    own.add_argument("--prompts", dest="rows", metavar="FILE", help="rows: column prompt, and optionally column tables")
+    own.add_argument("--tables", metavar="FILE,...", help="sketch: files of fedzo export --tables, one per user")
     dtypes = ("float32", "bfloat16", "float16")
-    own.add_argument("--dtype", choices=dtypes, help="with --model: of its weights (default: float32)")
+    own.add_argument("--dtype", choices=dtypes, help="with --model: weight dtype (default: float32)")
     chat = "with --model: put each prompt into the model's chat template, as runs of task.kind=instruction do"
     own.add_argument("--chat", action="store_true", help=chat)
     own.add_argument("--max-new-tokens", type=_POSITIVE, default=32, help="longest continuation (default: 32)")
@@ -58,27 +56,26 @@ def add_run_commands(add: AddCommand) -> None:
     form = own.add_mutually_exclusive_group()
     form.set_defaults(form="model")
     form.add_argument(
-        "--tables", dest="form", action="store_const", const="tables", help="of a sketch: its trained tables alone"
+        "--tables", dest="form", action="store_const", const="tables", help="sketch: only its trained tables"
     )
     form.add_argument(
-        "--dense", dest="form", action="store_const", const="dense", help="of a sketch: an ordinary model of it"
+        "--dense", dest="form", action="store_const", const="dense", help="sketch: the equivalent dense model"
     )
 
-    own = add("report", report, "write report.html again, of runs or sweeps")
+    own = add("report", report, "rewrite report.html of runs or sweeps")
     own.add_argument("runs", metavar="RUN", nargs="+", help="run or sweep folder")
     own.add_argument("--out", metavar="DIR", help="write into this folder instead (default: RUN)")
     own.add_argument("--together", metavar="DIR", help="write one page that compares these runs, into this folder")
 
 
-def train(arguments: Namespace) -> int:
+def train(arguments: Namespace) -> None:
     """``fedzo train``."""
     from fedzo.cli.train import train as run_train
 
     run_train(arguments.overrides)
-    return 0
 
 
-def resume(arguments: Namespace) -> int:
+def resume(arguments: Namespace) -> None:
     """``fedzo resume``."""
     from fedzo.cli.train import log_to, show_result
     from fedzo.commands.train import resume_run
@@ -87,10 +84,9 @@ def resume(arguments: Namespace) -> int:
     log_to(folder)
     resume_run(folder, rounds=arguments.rounds)
     show_result(folder)
-    return 0
 
 
-def replay(arguments: Namespace) -> int:
+def replay(arguments: Namespace) -> None:
     """``fedzo replay``: the whole log, or with ``--client`` one client's local steps of a round."""
     if arguments.client is None:
         if arguments.round is not None or arguments.out is not None:
@@ -98,7 +94,7 @@ def replay(arguments: Namespace) -> int:
         from fedzo.commands.trained import replay_run
 
         print_json(replay_run(run_folder(arguments.run), rounds=arguments.rounds))
-        return 0
+        return
     if arguments.round is None or arguments.rounds is not None:
         raise ConfigError("--client needs one round. Write --round R.")
     from fedzo.commands.client_path import replay_client
@@ -106,18 +102,16 @@ def replay(arguments: Namespace) -> int:
     out = None if arguments.out is None else Path(arguments.out)
     path = replay_client(run_folder(arguments.run), client=arguments.client, round=arguments.round, out=out)
     print("\n".join(path.table()))
-    return 0
 
 
-def evaluate(arguments: Namespace) -> int:
+def evaluate(arguments: Namespace) -> None:
     """``fedzo evaluate``."""
     from fedzo.commands.trained import evaluate_run
 
     print_json(evaluate_run(run_folder(arguments.run), split=arguments.split))
-    return 0
 
 
-def generate(arguments: Namespace) -> int:
+def generate(arguments: Namespace) -> None:
     """``fedzo generate``: by a run's model, or by any model for rows of a file."""
     if arguments.model is not None:
         if arguments.run is not None or arguments.rows is None:
@@ -139,18 +133,16 @@ def generate(arguments: Namespace) -> int:
 
     for text in generate_run(run_folder(arguments.run), arguments.prompts, max_new_tokens=arguments.max_new_tokens):
         print(text)
-    return 0
 
 
-def export(arguments: Namespace) -> int:
+def export(arguments: Namespace) -> None:
     """``fedzo export``."""
     from fedzo.commands.trained import export_run
 
     print(export_run(run_folder(arguments.run), Path(arguments.out), rounds=arguments.rounds, form=arguments.form))
-    return 0
 
 
-def report(arguments: Namespace) -> int:
+def report(arguments: Namespace) -> None:
     """``fedzo report``: a folder with ``multirun.yaml`` is a sweep; with ``--together`` one page over runs."""
     from fedzo.report.html import write_report
     from fedzo.report.sweep import write_comparison, write_sweep_report
@@ -159,7 +151,7 @@ def report(arguments: Namespace) -> int:
         if arguments.out is not None:
             raise ConfigError("--together DIR must be given without --out: its page is written into DIR.")
         print(write_comparison([run_folder(name) for name in arguments.runs], Path(arguments.together)))
-        return 0
+        return
     if arguments.out is not None and len(arguments.runs) > 1:
         raise ConfigError(f"--out must be given with one RUN, got {len(arguments.runs)}. Call fedzo report for each.")
     out = None if arguments.out is None else Path(arguments.out)
@@ -169,7 +161,6 @@ def report(arguments: Namespace) -> int:
         if page is None:
             raise RunFolderError(f"{folder}: no job of this sweep has begun. Start it, or give another folder.")
         print(page)
-    return 0
 
 
 def add_machine_commands(add: AddCommand) -> None:
@@ -178,10 +169,10 @@ def add_machine_commands(add: AddCommand) -> None:
     own.add_argument("group", metavar="GROUP", nargs="?", help="only this group")
 
     own = add("doctor", doctor, "check this machine, or a server's or a site's folder")
-    own.add_argument("dir", metavar="DIR", nargs="?", help="server or client folder to check, too")
+    own.add_argument("dir", metavar="DIR", nargs="?", help="also check this server or client folder")
 
 
-def list_options(arguments: Namespace) -> int:
+def list_options(arguments: Namespace) -> None:
     """``fedzo list``."""
     from fedzo.config.plugins import list_groups
 
@@ -196,7 +187,6 @@ def list_options(arguments: Namespace) -> int:
         width = max((len(name) for name in options), default=0)
         for name, summary in options.items():
             print(f"  {name:<{width}}  {summary}".rstrip())
-    return 0
 
 
 def doctor(arguments: Namespace) -> int:
@@ -213,7 +203,7 @@ def doctor(arguments: Namespace) -> int:
     return 0 if all(good for _, good, _ in checks) else 1
 
 
-def print_lines(lines: Iterable[str]) -> int:
+def print_lines(lines: Iterable[str]) -> None:
     """Show lines as they come; a file that cannot be read or written is named."""
     kind: type[FedzoError] = ConfigError
     try:
@@ -227,7 +217,6 @@ def print_lines(lines: Iterable[str]) -> int:
         if isinstance(error, FileNotFoundError):
             raise kind(f"{file}: there is no such file or folder. Check the path.") from error
         raise kind(f"{file}: it must be readable and writable, got {error.strerror!r}.") from error
-    return 0
 
 
 def print_json(record: object) -> None:

@@ -24,7 +24,7 @@ def add_model_commands(add: AddCommand) -> None:
     add_rephrase(add)
 
     usage = "fedzo perplexity [overrides] --text FILE [--windows N] [--tokens N] [--config-dir DIR]"
-    own = add("perplexity", perplexity, "how well a model predicts a text", usage=usage)
+    own = add("perplexity", perplexity, "perplexity of a model on a text", usage=usage)
     text = "a .txt file, or a table (.jsonl, .json, .csv, .tsv, .parquet) with a column text, whose texts are joined"
     own.add_argument("--text", metavar="FILE", required=True, help=text)
     own.add_argument("--windows", type=_POSITIVE, metavar="N", help="windows from the start (default: all)")
@@ -32,7 +32,7 @@ def add_model_commands(add: AddCommand) -> None:
     add_overrides(own)
 
     usage = "fedzo bench step [overrides] [--shape SHAPE] [--rows N] [--tokens N] [--repeats N] [--out FILE]"
-    own = add("bench", bench, "time a step and the forwards that it consists of", usage=usage)
+    own = add("bench", bench, "time a step, and its forwards alone", usage=usage)
     own.add_argument("what", choices=("step",), help="what to measure")
     own.add_argument("--shape", metavar="SHAPE", help="random weights of a published shape, such as opt-1.3b")
     own.add_argument("--rows", type=_POSITIVE, default=16, help="rows of a batch (default: 16)")
@@ -44,18 +44,17 @@ def add_model_commands(add: AddCommand) -> None:
     add_overrides(own)
 
 
-def mask(arguments: Namespace) -> int:
+def mask(arguments: Namespace) -> None:
     """``fedzo mask``."""
     config = load_config(arguments)
     from fedzo.commands.mask import make_mask
 
     print_json(make_mask(config, Path(arguments.out)))
-    return 0
 
 
 def _add_sketch(add: AddCommand) -> None:
     usage = "fedzo sketch [overrides] --out DIR --calibration FILE [--bits B] [more options]"
-    summary = "write a model as lookup tables and codes of 2 to 4 bits, for trainer=tables"
+    summary = "quantize a model to lookup tables and 2- to 4-bit codes, for trainer=tables"
     own = add("sketch", sketch, summary, usage=usage)
     own.add_argument("--out", metavar="DIR", help="new model folder; use as model=DIR")
     text = "text without labels: a .txt file, or a table with a column text"
@@ -64,9 +63,7 @@ def _add_sketch(add: AddCommand) -> None:
     own.add_argument("--groups-per-row", type=_POSITIVE, metavar="G", help="tables a row (default: 1)")
     own.add_argument("--windows", type=_POSITIVE, metavar="N", help="most windows of text (default: 128)")
     own.add_argument("--tokens", type=_POSITIVE, metavar="N", help="tokens of a window (default: 512)")
-    own.add_argument(
-        "--skip", action="append", metavar="NAME", help="end of a layer's name that stays dense; repeatable"
-    )
+    own.add_argument("--skip", action="append", metavar="NAME", help="suffix of layer names to keep dense; repeatable")
     own.add_argument(
         "--text", metavar="FILE", help="text for the perplexity before and after (default: the calibration)"
     )
@@ -75,7 +72,7 @@ def _add_sketch(add: AddCommand) -> None:
         "--damping", type=float, metavar="SHARE", help="share added to a Hessian's diagonal (default: 0.1)"
     )
     layout = "codes in LeanQuant's layout (safetensors)"
-    own.add_argument("--import", dest="import_from", metavar="FILE", help=f"build it of the dense model and {layout}")
+    own.add_argument("--import", dest="import_from", metavar="FILE", help=f"build from the dense model and {layout}")
     own.add_argument(
         "--export", dest="export_to", metavar="FILE", help=f"write the sketch model=DIR as tables and {layout}"
     )
@@ -86,7 +83,7 @@ _SKETCH_SETTINGS = ("bits", "groups_per_row", "importance_power", "damping")
 _SKETCH_REQUEST = ("windows", "tokens", "skip")
 
 
-def sketch(arguments: Namespace) -> int:
+def sketch(arguments: Namespace) -> None:
     """``fedzo sketch``: build one, or read or write one in LeanQuant's layout."""
     sources = [arguments.calibration, arguments.import_from, arguments.export_to]
     if sum(each is not None for each in sources) != 1 or (arguments.out is None) != (arguments.export_to is not None):
@@ -116,10 +113,10 @@ def sketch(arguments: Namespace) -> int:
         text=None if arguments.text is None else Path(arguments.text),
         **{name: chosen[name] for name in _SKETCH_REQUEST if name in chosen},
     )
-    return print_lines(make_sketch(config, request))
+    print_lines(make_sketch(config, request))
 
 
-def perplexity(arguments: Namespace) -> int:
+def perplexity(arguments: Namespace) -> None:
     """``fedzo perplexity``."""
     config = load_config(arguments, trains=False)
     from fedzo.commands.perplexity import measure_perplexity
@@ -134,12 +131,10 @@ def perplexity(arguments: Namespace) -> int:
             on_window=advance,
         )
     print_json(found)
-    return 0
 
 
-def bench(arguments: Namespace) -> int:
+def bench(arguments: Namespace) -> None:
     """``fedzo bench step``."""
     from fedzo.cli.bench import step
 
     step(arguments)
-    return 0

@@ -19,21 +19,21 @@ _TABLE = "examples.csv"
 def add_rephrase(add: AddCommand) -> None:
     """``fedzo rephrase``, and its options."""
     usage = "fedzo rephrase [judge-test | bootstrap | import SETS] --task TASK --data FILE [overrides] [more options]"
-    summary = "rewrite training text by a language model, behind checks and a judge (OAT-Rephrase)"
+    summary = "rewrite training text with a language model, checks and a judge (OAT-Rephrase)"
     own, number = add("rephrase", rephrase, summary, usage=usage), whole_number(1)
-    own.add_argument("words", metavar="WHAT", nargs="*", help="judge-test, bootstrap, import SETS, or nothing: rewrite")
+    own.add_argument("words", metavar="WHAT", nargs="*", help="judge-test, bootstrap, import SETS (default: rewrite)")
     own.add_argument("--task", metavar="TASK", required=True, help="task of the rows, as in `fedzo list task`")
     own.add_argument("--data", metavar="FILE", required=True, help="training rows (jsonl, json, csv, tsv, parquet)")
-    own.add_argument("--site", metavar="FILE", help="a site's file, whose rewriter is used")
+    own.add_argument("--site", metavar="FILE", help="site file whose rewriter is used")
     own.add_argument("--dry-run", type=number, metavar="N", help="show the prompts of N rows and an estimate; no call")
-    own.add_argument("--out", metavar="FILE", help="also write all rows to a file (jsonl), each marked")
-    own.add_argument("--again", action="store_true", default=None, help="ask again for rows that the endpoint failed")
-    own.add_argument("--pairs", type=number, metavar="N", help="judge-test: most pairs of a kind (default: gate_pairs)")
+    own.add_argument("--out", metavar="FILE", help="also write all rows, marked, to a jsonl file")
+    own.add_argument("--again", action="store_true", default=None, help="retry rows for which the endpoint failed")
+    own.add_argument("--pairs", type=number, metavar="N", help="judge-test: max. pairs per kind (default: gate_pairs)")
     own.add_argument("--table", metavar="FILE", help=f"bootstrap: table (default: {_TABLE})")
     add_overrides(own)
 
 
-def rephrase(arguments: Namespace) -> int:
+def rephrase(arguments: Namespace) -> None:
     """``fedzo rephrase``."""
     what, words = _what(arguments.words)
     for option, of in _OPTIONS.items():
@@ -43,7 +43,7 @@ def rephrase(arguments: Namespace) -> int:
             raise ConfigError(f"{flag} belongs to {others}, got {f'`{what}`' if what else 'neither'}. Leave it out.")
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None and out.resolve() == Path(arguments.data).resolve():
-        raise ConfigError(f"--out must not be the file of --data, whose rows it would replace, got {out}.")
+        raise ConfigError(f"--out must not be the file of --data, got {out}. Choose another file.")
     from fedzo.config.overrides import quoted
 
     stage = ["preprocess=[oat_rephrase]", f"task={arguments.task}", f"data.path={quoted(arguments.data)}"]
@@ -67,7 +67,7 @@ def rephrase(arguments: Namespace) -> int:
         from fedzo.commands.rephrase_preview import dry_run
 
         return print_lines(dry_run(work, arguments.dry_run))
-    return print_lines(command.rephrase(work, out=out, again=bool(arguments.again)))
+    print_lines(command.rephrase(work, out=out, again=bool(arguments.again)))
 
 
 def _what(words: list[str]) -> tuple[str, list[str]]:

@@ -16,13 +16,13 @@ _PORT, _INDEX, _DAYS = whole_number(1, 65535), whole_number(0, 0xFFFFFFFD), whol
 
 def add_site_commands(add: AddCommand) -> None:
     """From ``fedzo server`` to ``fedzo stop``."""
-    _add_server(add("server", server, "the server of a federation of sites: its folder and its SuperLink"))
-    _add_client(add("client", client, "a site of a federation: its folder and its processes"))
+    _add_server(add("server", server, "set up or run the server of a federation of sites"))
+    _add_client(add("client", client, "set up or run a site (client) of a federation"))
 
-    own = add("status", status, "a server, its clients and its run, or one run")
+    own = add("status", status, "show the state of a server or of a run")
     own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="server or run folder (default: this folder)")
 
-    own = add("stop", stop, "end a run that is going on, between two rounds")
+    own = add("stop", stop, "stop a run after its current round")
     add_run(own)
 
 
@@ -30,7 +30,7 @@ def _add_server(parser: ArgumentParser) -> None:
     add = _adder(parser)
 
     own = add("init", "make a server's folder: certificate authority, certificate, secret, client registry")
-    own.add_argument("dir", metavar="DIR", help="folder to make; in one that is there, only what is missing is made")
+    own.add_argument("dir", metavar="DIR", help="folder to make; an existing one gets only the files that it lacks")
     name = socket.gethostname()
     text = f"a name or address at which sites reach this machine; may be repeated (default: {name})"
     own.add_argument("--host", metavar="HOST", action="append", help=text.replace("%", "%%"))
@@ -38,26 +38,26 @@ def _add_server(parser: ArgumentParser) -> None:
     own.add_argument("--control-port", type=_PORT, default=8444, help="port for this machine (default: 8444)")
     _add_days(own)
 
-    own = add("add-client", "register a client: its key, and which client of a run it is")
-    own.add_argument("name", metavar="NAME", help="of the client: letters, digits and . _ -")
-    own.add_argument("--index", type=_INDEX, help="of the client in a run, from 0 (default: the lowest that is free)")
+    own = add("add-client", "register a client by its key and its index in a run")
+    own.add_argument("name", metavar="NAME", help="client name: letters, digits and . _ -")
+    own.add_argument("--index", type=_INDEX, help="client index in a run, from 0 (default: the lowest free one)")
     own.add_argument("--key", metavar="KEY", help="the site's public key, or a file with it (default: make a key here)")
     _add_dir(own)
 
     own = add("remove-client", "revoke a client's key")
-    own.add_argument("name", metavar="NAME", help="of the client")
+    own.add_argument("name", metavar="NAME", help="client name")
     _add_dir(own)
 
-    own = add("renew", "write a new certificate; sites need nothing new")
-    own.add_argument("--host", metavar="HOST", action="append", help="as for init (default: those of the old one)")
+    own = add("renew", "write a new certificate; sites need no change")
+    own.add_argument("--host", metavar="HOST", action="append", help="as for init (default: unchanged)")
     _add_days(own)
     _add_dir(own)
 
-    own = add("up", "keep the SuperLink up until this command is ended")
+    own = add("up", "run the SuperLink until this command is stopped")
     own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="server folder (default: this folder)")
 
 
-def server(arguments: Namespace) -> int:
+def server(arguments: Namespace) -> None:
     """``fedzo server``."""
     from fedzo.commands import server as commands
     from fedzo.runtime.net.server_folder import ServerFolder
@@ -76,23 +76,23 @@ def server(arguments: Namespace) -> int:
             lines = commands.renew(folder, hosts=arguments.host or [], days=arguments.days)
         case _:
             return _keep(commands.up(folder))
-    return print_lines(lines)
+    print_lines(lines)
 
 
 def _add_client(parser: ArgumentParser) -> None:
     add = _adder(parser)
 
     own = add("init", "make a site's folder: key, site file")
-    own.add_argument("dir", metavar="DIR", help="folder to make; in one that is there, only what is missing is made")
-    own.add_argument("--server", metavar="HOST:PORT", help="the server (an invitation holds it, too)")
-    own.add_argument("--invitation", metavar="FILE", help="what `fedzo server add-client` wrote for this site")
+    own.add_argument("dir", metavar="DIR", help="folder to make; an existing one gets only the files that it lacks")
+    own.add_argument("--server", metavar="HOST:PORT", help="the server; not needed with --invitation")
+    own.add_argument("--invitation", metavar="FILE", help="file from `fedzo server add-client` for this site")
     own.add_argument("--ca", metavar="FILE", help="the server's ca.crt, where there is no invitation")
 
-    own = add("up", "keep the site's SuperNode and executor up until this command is ended")
+    own = add("up", "run the site's SuperNode and executor until this command is stopped")
     own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="client folder (default: this folder)")
 
 
-def client(arguments: Namespace) -> int:
+def client(arguments: Namespace) -> None:
     """``fedzo client``."""
     from fedzo.commands import client as commands
     from fedzo.runtime.net.client_folder import ClientFolder
@@ -101,30 +101,29 @@ def client(arguments: Namespace) -> int:
     if arguments.what == "up":
         return _keep(commands.up(ClientFolder(path)))
     files = [Path(name) if name else None for name in (arguments.invitation, arguments.ca)]
-    return print_lines(commands.init(path, server=arguments.server, invitation=files[0], authority=files[1]))
+    print_lines(commands.init(path, server=arguments.server, invitation=files[0], authority=files[1]))
 
 
-def status(arguments: Namespace) -> int:
+def status(arguments: Namespace) -> None:
     """``fedzo status``."""
     from fedzo.commands.status import status as lines_of
 
-    return print_lines(lines_of(Path(arguments.dir)))
+    print_lines(lines_of(Path(arguments.dir)))
 
 
-def stop(arguments: Namespace) -> int:
+def stop(arguments: Namespace) -> None:
     """``fedzo stop``."""
     from fedzo.commands.status import stop as stop_run
 
-    return print_lines(stop_run(run_folder(arguments.run)))
+    print_lines(stop_run(run_folder(arguments.run)))
 
 
-def _keep(lines: Iterable[str]) -> int:
+def _keep(lines: Iterable[str]) -> None:
     """Show what a service says until it is told to end, which is no failure."""
     try:
-        return print_lines(lines)
+        print_lines(lines)
     except KeyboardInterrupt:
         print("ended", flush=True)
-        return 0
 
 
 def _adder(parser: ArgumentParser) -> Callable[[str, str], ArgumentParser]:

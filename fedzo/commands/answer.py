@@ -7,8 +7,8 @@ several users share a batch, and each layer decodes once for each user in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fedzo.commands.perplexity import check_file
 from fedzo.data.chat import chat_end, encode_instructions
 from fedzo.data.encode import encode_prompts
 from fedzo.data.files import read_located
+from fedzo.data.tasks import is_missing
 from fedzo.errors import ConfigError
 from fedzo.models.checks import check_ids
 from fedzo.models.config import ModelConfig
@@ -73,60 +74,56 @@ def answer_rows(
             f"--chat: the tokenizer of {model.name!r} must have a chat template, but has none. Leave it out."
         )
     users = {name: _offset(loaded, file) for name, file in zip(names, tables, strict=True)}
-    texts = [row.prompt for row in rows]
-    ids = encode_instructions(texts, loaded.tokenizer) if chat else encode_prompts(texts, loaded.tokenizer)
-    for number, tokens in enumerate(ids):
-        check_ids(loaded.model, tokens, where=f"{prompts}: prompt {number}")
+    ids, ends = prompt_ids(loaded, [row.prompt for row in rows], chat=chat, where=f"{prompts}: ")
     if users:
         each = next(iter(users.values())).nbytes
         base = bytes_text(weights_bytes(loaded.model))
         yield f"{len(users)} users: {bytes_text(each)} each for tables, beside one model of {base}"
-    answers = _answers(
-        loaded,
-        rows,
-        users,
-        ids,
-        ends=chat_end(loaded.tokenizer) if chat else set(),
-        max_new_tokens=max_new_tokens,
-        most_tokens=model.tokens_per_batch,
-    )
+    with _following(loaded, rows, users) as follow:
+        answers = generate(
+            loaded,
+            ids,
+            max_new_tokens=max_new_tokens,
+            tokens_per_batch=model.tokens_per_batch,
+            ends=ends,
+            before=follow,
+        )
     for row, answer in zip(rows, answers, strict=True):
         yield json.dumps({"tables": row.tables or None, "prompt": row.prompt, "answer": answer}, ensure_ascii=False)
 
 
-def _answers(
-    loaded: LoadedModel,
-    rows: Sequence[Asked],
-    users: dict[str, torch.Tensor],
-    ids: Sequence[Sequence[int]],
-    *,
-    ends: set[int],
-    max_new_tokens: int,
-    most_tokens: int,
-) -> list[str]:
-    own = OwnTables(list(sketched_layers(loaded.model).values())) if users else None
+def prompt_ids(
+    loaded: LoadedModel, prompts: Sequence[str], *, chat: bool, where: str = ""
+) -> tuple[list[tuple[int, ...]], set[int]]:
+    """Token ids of what the user of a chat says, or of text to go on from; and what ends answers beside the model's."""
+    tokenizer = loaded.tokenizer
+    ids = encode_instructions(prompts, tokenizer) if chat else encode_prompts(prompts, tokenizer)
+    for number, tokens in enumerate(ids):
+        check_ids(loaded.model, tokens, where=f"{where}prompt {number}")
+    return ids, chat_end(tokenizer) if chat else set()
+
+
+@contextmanager
+def _following(
+    loaded: LoadedModel, rows: Sequence[Asked], users: Mapping[str, torch.Tensor]
+) -> Iterator[Callable[[list[int]], None] | None]:
+    """What gives the rows of a batch their users' tables; None where there are none."""
+    if not users:
+        yield None
+        return
+    own, nothing = OwnTables([*sketched_layers(loaded.model).values()]), torch.zeros_like(next(iter(users.values())))
 
     def follow(batch: list[int]) -> None:
-        if own is not None:
-            present, index = np.unique([rows[i].tables for i in batch], return_inverse=True)
-            nothing = torch.zeros_like(next(iter(users.values())))
-            own.follow((users.get(str(name), nothing).to(loaded.device) for name in present), index)
+        present, index = np.unique([rows[i].tables for i in batch], return_inverse=True)
+        own.follow((users.get(str(name), nothing).to(loaded.device) for name in present), index)
 
     try:
-        with own or nullcontext():
-            return generate(
-                loaded,
-                ids,
-                max_new_tokens=max_new_tokens,
-                tokens_per_batch=most_tokens,
-                ends=ends,
-                before=follow,
-            )
+        with own:
+            yield follow
     except NotImplementedError as error:  # of OwnTables
         raise ConfigError(
-            f"--tables: each sketched layer of {loaded.source!r} must see all rows of a batch, but {error}, as with "
-            "experts that are given tokens. Export each user's sketch by `fedzo export RUN OUT`, and name it with "
-            "--model."
+            f"--tables: each sketched layer of {loaded.source!r} must see all rows of a batch, but {error}, as in a "
+            "mixture of experts. Export each user's sketch by `fedzo export RUN OUT`, and name it with --model."
         ) from error
 
 
@@ -134,13 +131,14 @@ def _read(file: Path, names: Sequence[str]) -> list[Asked]:
     check_file(file, "--prompts")
     rows = []
     for where, row in read_located(file):
-        prompt, tables = row.get("prompt"), row.get("tables") or BASE
+        prompt, whose = row.get("prompt"), row.get("tables")
+        tables = BASE if is_missing(whose) else str(whose).strip()
         if not (isinstance(prompt, str) and prompt):
             raise ConfigError(f"{where}: column 'prompt' must hold text, got {prompt!r}. Correct or remove the row.")
         if tables != BASE and tables not in names:
             known = ", ".join(names) or "none were given"
             raise ConfigError(
-                f"{where}: column 'tables' must name a file of --tables ({known}), got {tables!r}. Give its "
+                f"{where}: column 'tables' must name a file of --tables ({known}), got {whose!r}. Give its "
                 "file with --tables, or correct the row."
             )
         rows.append(Asked(prompt, tables))

@@ -110,7 +110,7 @@ class _Words:
         elif REFUSED in line:
             yield line[line.index(REFUSED) :].strip()
         elif SILENT in line:
-            yield f"{self._address} does not answer{line.partition(SILENT)[2].rstrip()}; it is asked again"
+            yield f"{self._address} does not answer{line.partition(SILENT)[2].rstrip()}; retrying"
         elif HEARD in line:
             yield f"{self._address} answers again"
         self._reason_is_next = "Failed to initialize" in line

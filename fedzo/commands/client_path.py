@@ -25,7 +25,7 @@ from fedzo.fl.log_store import RunLog
 from fedzo.fl.server.aggregate import ClientResult, aggregate
 from fedzo.records.folder import told_as
 from fedzo.records.log import AuditLine, ClientAudit
-from fedzo.zo.log import Drift, RoundRecord, Scalars, local_step, probe_shares
+from fedzo.zo.log import RoundRecord, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
 from fedzo.zo.spaces.base import Space, Values
 
@@ -95,20 +95,12 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     checked = len(g) > 1
     if not checked:
         _check_sum(line, record, config, own_columns=replica.walks_clients)
-    checks = []
+    checks, own = [], {"round": round, "owner": client, "directions": directions_of(config.fl)}
     about = {"client": str(client), "round": str(round), "lr": repr(line.lr)}
     with vector_file(out, steps=len(g), size=space.size, about=about) as write:
-        steps = local_steps(
-            space,
-            g,
-            lr=line.lr,
-            run_seed=config.seed,
-            round=round,
-            client=client,
-            directions=directions_of(config.fl),
-            drift=drift,
-        )
-        for _ in steps:
+        for step, scalars in enumerate(g):
+            keys = step_keys(config.seed, step=step, probes=len(scalars), **own)
+            local_step(space, lr=line.lr, c=probe_shares(scalars), keys=keys, drift=drift)
             checks.append(space.check())
             write(space)
         if checked and checks[-1] != entry.end_check:
@@ -135,12 +127,9 @@ def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig, *, own_c
         {entry.client: entry.weight for entry in line.clients},
         round=record.round,
         lr=record.lr,
-        steps=record.coefficients.shape[0],
-        probes=record.coefficients.shape[1],
         directions=directions_of(config.fl),
+        strategy=config.strategy,
         own_columns=own_columns,
-        aggregation=config.strategy.aggregation,
-        trim_share=config.strategy.trim_share,
         normalise=config.step_policy.normalises,
     )
     if not np.array_equal(made.coefficients, record.coefficients):
@@ -148,35 +137,6 @@ def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig, *, own_c
             f"round {record.round}: the clients' scalars of the audit log must give those of the public log, but do "
             "not. One of the logs is from another run. Restore it from a copy."
         )
-
-
-def local_steps(
-    space: Space,
-    g: Scalars,
-    *,
-    lr: float,
-    run_seed: int,
-    round: int,
-    client: int,
-    directions: int,
-    drift: Drift | None = None,
-) -> Iterator[int]:
-    """Move a space from a round's start along a client's local steps; yields the number of each after it is taken.
-
-    Args:
-        space: At the state of the log before the round.
-        g: The client's scalars, float32 [T_k, P].
-        lr: Of the local steps.
-        run_seed: Seed of the run's directions.
-        round: Number of the round.
-        client: Which client.
-        directions: Along which directions it stepped (``fedzo.zo.seeds``).
-        drift: The server optimizer's correction of its steps, at the round's start.
-    """
-    for step, scalars in enumerate(g):
-        keys = step_keys(run_seed, round=round, step=step, probes=len(scalars), owner=client, directions=directions)
-        local_step(space, lr=lr, c=probe_shares(scalars), keys=keys, drift=drift)
-        yield step
 
 
 def _find(audit: Sequence[AuditLine], *, client: int, round: int) -> tuple[AuditLine, ClientAudit]:

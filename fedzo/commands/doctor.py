@@ -136,7 +136,7 @@ def _model(site: SiteFile) -> Iterator[Check]:
         needed = sum(file.stat().st_size for file in files) if held is None else held.total
         left = available_memory_bytes(device)
         if needed > left:
-            told = f"the weights take {bytes_text(needed)}, left are {bytes_text(left)}. {ways_to_fit(site.model)}"
+            told = f"the weights take {bytes_text(needed)}, {bytes_text(left)} are free. {ways_to_fit(site.model)}"
             yield "memory", False, told
             return
         loaded = load_model(site.model, device=site.device)
@@ -174,7 +174,7 @@ def _kernels(device: torch.device) -> Iterator[Check]:
     if device.type == "cuda" and torch.version.cuda:
         index = torch.cuda.current_device() if device.index is None else device.index
         found = fused(torch.device("cuda", index)) is not None
-        slow = "none, so directions take many times longer. The warning says why"
+        slow = "none, so directions are many times slower. See the warning"
         yield "CUDA kernels", found, "make the directions" if found else slow
 
 
@@ -211,7 +211,7 @@ def _logs(folder: Path) -> Iterator[Check]:
 
 def _proxies() -> Iterator[Check]:
     found = [name for name in PROXIES if os.environ.get(name)]
-    told = f"{', '.join(found)}: what goes to other machines passes it" if found else "none in the environment"
+    told = f"{', '.join(found)}: used for traffic to other machines" if found else "none in the environment"
     yield "proxy", True, told
 
 

@@ -24,7 +24,6 @@ def make_mask(config: LaunchConfig, out: Path) -> dict[str, Any]:
         folder=out.parent,
         seed=config.seed,
         texts=calibration_texts(row_source(config, site)),
-        advance=lambda done, total: None,
         inputs=config.inputs,
     )
     loaded = open_model(site, config.task.max_length)

@@ -27,7 +27,7 @@ from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
 from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep, remedy
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
 from fedzo.data.preprocess.rephrase.rephraser import OTHER_STORE, Rephraser, prompts_of, rewritten_by
-from fedzo.data.preprocess.rephrase.results import apply_outcomes
+from fedzo.data.preprocess.rephrase.results import apply_outcomes, row_digest
 from fedzo.data.preprocess.rephrase.tasks import usual_column
 from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.errors import ConfigError, FedzoError, printable
@@ -37,7 +37,7 @@ from fedzo.report.format import counted
 from fedzo.report.html import write_page
 from fedzo.report.rephrased import figures_table, judge_test_lines, rephrased_page
 from fedzo.report.sinks import phase
-from fedzo.run.process import STAGE_FOLDER
+from fedzo.run.client_context import STAGE_FOLDER
 from fedzo.system import OnProgress
 
 STAGE = "oat_rephrase"
@@ -121,15 +121,15 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
     yield from set_lines(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter))
     if not attempts:
         models = rewritten_by(outcomes)
-        yield f"all rows had their result before{f', by {models}' if models else ''}: no call was made"
+        yield f"all rows had results already{f', by {models}' if models else ''}: no call was made"
         yield OTHER_STORE
     elif ready := len({each.row for each in outcomes}) - len(attempts):
-        yield f"{ready} rows had their result before, the others have it now"
+        yield f"{ready} rows had results already, the others are new"
     if long := len({each.row for each in outcomes if each.reason == TOO_LONG}):
         yield f"no room in the context: {counted(long, 'row')}. Raise rewriter.context_tokens, then call with --again"
     if failed := len({each.row for each in outcomes if is_failed(each)}) - long:
         yield (
-            f"the endpoint failed {counted(failed, 'row')}: --again asks once more. Runs that began with these results "
+            f"the endpoint failed {counted(failed, 'row')}: --again retries them. Runs that began with these results "
             "cannot be resumed then"
         )
     if len(rephraser.results.older()) > kept_before:
@@ -181,15 +181,16 @@ def bootstrap(work: Work, table: Path) -> Iterator[str]:
     recipe = replace(work.rephraser.config, judged=False)
     rows = [work.rows[at] for at in shuffled(len(work.rows), seed=0)[:BOOTSTRAP_ROWS]]
     with replace(work.rephraser, config=recipe).course() as course, _progress(work, "rewriting") as told:
-        course.check_rows(work.rows)  # so that a row is named by its number in the file
-        attempts = course.run(rows, told)
+        known = course.check_rows(work.rows)  # all of them, so that a row is named by its number in the file
+        drawn = {digest: known[digest] for digest in map(row_digest, rows)}
+        course.run(drawn, told)
+    attempts = [drawn[row_digest(row)] for row in rows]
     texts = [each.outcome.text if each.outcome and not each.outcome.reason else each.refused for each in attempts]
     told_task = work.rephraser.prompts.task
     write_table(table, columns_of(work.rephraser.task, told_task, work.column), [*zip(rows, texts, strict=True)])
     page = table.with_suffix(".html")
     outcomes = [each.outcome for each in attempts if each.outcome is not None]
-    done = {each.row: attempt for each, attempt in zip(outcomes, attempts, strict=True)}
-    write_page(page, rephrased_page(work.rephraser, rows, outcomes, done), mode=0o600)
+    write_page(page, rephrased_page(work.rephraser, rows, outcomes, drawn), mode=0o600)
     yield f"{table}: {len(rows)} rows. Correct the column rewrite where it is wrong, and write yes into accept"
     yield f"{page}: the same to read"
     yield f"then: rewriter.examples={table}"
@@ -200,7 +201,7 @@ def set_lines(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterato
     for name, number in counts(outcomes).items():
         yield f"{number:6d}  {name}"
     if names := count_names(work.rows, outcomes):
-        yield f"{names:6d}  rewritten with a name lost or brought in (a warning)"
+        yield f"{names:6d}  rewritten with a name lost or added (a warning)"
     if used.calls:
         yield _spent(used)
     yield from _said(work.rephraser)
@@ -210,7 +211,7 @@ def set_lines(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterato
 def key_line(rephraser: Rephraser) -> str:
     """What a run must say to find the results."""
     words = "".join(f" {text}" for text in _settings(rephraser.config, rephraser.task))
-    return f"a run finds this by: preprocess=[{STAGE}]{words}"
+    return f"use it in a run by: preprocess=[{STAGE}]{words}"
 
 
 def _settings(recipe: OatRephraseConfig, task: TaskConfig) -> Iterator[str]:
@@ -283,7 +284,7 @@ def _progress(work: Work, title: str) -> AbstractContextManager[OnProgress]:
     totals = work.rephraser.totals
 
     def note() -> str:
-        busy = f"; it is busy: waiting {totals.waiting_s:.0f} s" if totals.waiting_s else ""
+        busy = f"; endpoint busy: wait {totals.waiting_s:.0f} s" if totals.waiting_s else ""
         return f"{_spent(Used.of(totals, work.rephraser.rewriter))}{busy}"
 
     return phase(title, stderr=True, note=note)

@@ -63,8 +63,8 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
     if rounds is None:
         rounds = best_round(log, by=config.evaluation.best_by, evaluator=first_evaluator(config))
     if not 0 <= rounds <= len(log.records):
-        raise ConfigError(f"rounds must be in 0..{len(log.records)} (the log's length), got {rounds}.")
-    process = open_process(config, site)
+        raise ConfigError(f"--rounds must be 0 to {len(log.records)}, the rounds done, got {rounds}.")
+    process = open_process(config, site, site_folder=run_dir, artifacts=run_dir / ARTIFACTS)
     check_base(config, process.peer.loaded, run_dir)
     # without rows to measure on: a rebuilt model is held in float32 where the choice was open
     replica = process.peer.workspace(_artifact(config, process.peer, run_dir)).replica
@@ -85,9 +85,7 @@ def _artifact(config: RunConfig, peer: Peer, run_dir: Path) -> Artifact:
     for file in run_dir.iterdir():
         if file.is_file() and file.suffix not in (".jsonl", ".log"):
             (folder / file.name).write_bytes(read_file(run_dir, file.name))
-    workplace = Workplace(
-        folder=folder, seed=config.seed, texts=partial(_no_texts, run_dir), advance=lambda done, total: None
-    )
+    workplace = Workplace(folder=folder, seed=config.seed, texts=partial(_no_texts, run_dir))
     artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
     check_artifact(config, artifact, run_dir)
     return artifact

@@ -55,7 +55,7 @@ def init(path: Path, *, hosts: Sequence[str], port: int, control_port: int, days
         days: How long the certificate is valid.
     """
     if port == control_port:
-        raise ConfigError(f"--port must be another than --control-port, got {port} for both.")
+        raise ConfigError(f"--port and --control-port must differ, got {port}. Change one.")
     bracketed = [f"[{host}]" if ":" in host else host for host in hosts]
     everywhere = "[::]" if any(":" in host for host in hosts) else "0.0.0.0"  # the first takes IPv4, too
     listening = Listening(
@@ -87,7 +87,7 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
         line = key if " " in key.strip() else Path(key).read_text(encoding="utf-8", errors="replace")
         client = folder.add_client(name, index=index, key=line)
         yield _registered(client)
-        yield f"the site needs {folder.file('ca.crt')}: it copies the file into its folder as ca.crt"
+        yield f"the site needs {folder.file('ca.crt')} as ca.crt in its folder: send it there"
         return
     room = folder.file(INVITATIONS)
     room.mkdir(mode=0o700, exist_ok=True)
@@ -110,7 +110,7 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
     finally:
         private.unlink()
     yield _registered(client)
-    yield f"invitation: {file}. It holds the site's key: hand it over on a safe way, then remove it here"
+    yield f"invitation: {file}. It holds the site's key: send it securely, then delete it here"
     yield f"on the site: fedzo client init DIR --server {folder.listening.address} --invitation {name}.json"
 
 
@@ -119,7 +119,7 @@ def remove_client(folder: ServerFolder, name: str) -> Iterator[str]:
     folder.check()
     client = folder.remove_client(name)
     (folder.file(INVITATIONS) / f"{name}.json").unlink(missing_ok=True)
-    yield f"client {client.index} ({client.name}) is not registered any more: its key opens nothing"
+    yield f"client {client.index} ({client.name}) is not registered any more: its key is refused"
 
 
 def renew(folder: ServerFolder, *, hosts: Sequence[str], days: int) -> Iterator[str]:
@@ -128,7 +128,7 @@ def renew(folder: ServerFolder, *, hosts: Sequence[str], days: int) -> Iterator[
     folder.renew(names=hosts or read_certificate(folder.file("server.crt")).names, days=days)
     certificate = read_certificate(folder.file("server.crt"))
     yield f"certificate for {', '.join(certificate.names)}, valid for {certificate.days_left:.0f} days"
-    yield "a SuperLink that is up takes it within seconds"
+    yield "a running SuperLink loads it within seconds"
 
 
 def up(folder: ServerFolder) -> Iterator[str]:
@@ -196,7 +196,7 @@ def _certificate_problem(folder: ServerFolder) -> str:
     if days >= FEW_DAYS:
         return ""
     how = f"`fedzo server renew --dir {folder.path}`"
-    return f"certificate valid for {days:.0f} days. {how}" if days > 0 else f"the certificate has ended. {how}"
+    return f"certificate valid for {days:.0f} days. {how}" if days > 0 else f"the certificate expired. {how}"
 
 
 def template(name: str) -> str:

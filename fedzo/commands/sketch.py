@@ -155,7 +155,7 @@ def _build(
         )
     layers = report.layers
     yield (
-        f"sketched {len(layers)} layers: {seconds_text(report.forwards_s)} for the text's way through the model, "
+        f"sketched {len(layers)} layers: {seconds_text(report.forwards_s)} for forwards of the text, "
         f"{seconds_text(report.matrices_s)} for tables and codes"
     )
     after = perplexity(loaded, measured).value

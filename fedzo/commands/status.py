@@ -16,8 +16,7 @@ from fedzo.records.folder import CONFIG, METRICS, PRESENCE, PUBLIC, STOP, is_loc
 from fedzo.records.lines import from_end
 from fedzo.records.log import decode_public
 from fedzo.records.metrics import Round
-from fedzo.records.outcome import OUTCOME, Outcome
-from fedzo.records.presence import Presence
+from fedzo.records.presence import OUTCOME, Outcome, Presence
 from fedzo.report.format import seconds_text
 from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.credentials import pem_of, read_certificate
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.3
 MOST_SHOWN = 1000  # characters of what ended a run
-_NO_LOCKS = "the file system knows no locks"
+_NO_LOCKS = "the file system has no locks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +80,9 @@ class _Run:
 
     def lines(self, what: str = "run") -> Iterator[str]:
         """What it is at, for people; and how it ended, if its server has left word of an error."""
-        not_up = f"perhaps going on ({_NO_LOCKS})" if self.is_up is None else "not running"
-        going = "going on" if self.is_up else "finished" if self.rounds == self.total else not_up
-        pace = "" if self.round_seconds is None else f", {seconds_text(self.round_seconds)} for the last"
+        not_up = f"perhaps running ({_NO_LOCKS})" if self.is_up is None else "not running"
+        going = "running" if self.is_up else "finished" if self.rounds == self.total else not_up
+        pace = "" if self.round_seconds is None else f", last round {seconds_text(self.round_seconds)}"
         yield f"{what} {self.folder}: {self.rounds} of {self.total} rounds{pace}, {going}"
         if not self.is_up and (outcome := read_record(Outcome, self.folder, OUTCOME, error=RunFolderError)):
             yield f"ended: {printable(outcome.text, most=MOST_SHOWN)}"
@@ -111,18 +110,18 @@ def stop(run_dir: Path) -> Iterator[str]:
     """
     works = _is_worked_on(run_dir)
     if works is False:
-        raise RunFolderError(f"run folder {run_dir}: no process of this machine works on it. Nothing is to be stopped.")
+        raise RunFolderError(f"run folder {run_dir}: no process of this machine runs it. There is nothing to stop.")
     if works is None:
         _planned_rounds(run_dir)  # refuses the folder of something else
         replace_file(run_dir / STOP, "")
-        yield f"asked to stop, if a process works on it: that cannot be seen ({_NO_LOCKS})"
+        yield f"asked to stop; whether a process runs it is not known ({_NO_LOCKS})"
         return
     asked = False
     while _is_worked_on(run_dir):
         if not (run_dir / STOP).exists():  # a run that just begins removes what an earlier one left
             replace_file(run_dir / STOP, "")
         if not asked:
-            yield "asked to stop; the round that is under way is finished first"
+            yield "asked to stop; the current round is finished first"
         asked = True
         time.sleep(POLL_S)
     (run_dir / STOP).unlink(missing_ok=True)  # the run ended by itself
@@ -150,7 +149,7 @@ def _status_of_run(run_dir: Path) -> Iterator[str]:
     clients = [(row, str(run.last_rounds.get(row.client, "-"))) for row in run.presence.clients]
     if run.is_up is not False:
         if run.is_up is None:
-            yield "as its server told last:"
+            yield "last server report:"
         rows = [[str(row.client), row.state, last, row.version or "-", row.why] for row, last in clients]
         yield from _table(["client", "state", "last round", "fedzo"], rows)
     else:  # nobody is there to see who is connected

@@ -34,12 +34,13 @@ from fedzo.records.folder import (
     read_file,
 )
 from fedzo.records.metrics import Extension, Summary
-from fedzo.records.outcome import OUTCOME
+from fedzo.records.presence import OUTCOME
 from fedzo.report.run_data import read_overrides
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import run_config
+from fedzo.run.client_context import STAGE_FOLDER
 from fedzo.run.estimate import warn_of_copies
-from fedzo.run.process import STAGE_FOLDER, Process, forget_process, keep_process
+from fedzo.run.process import Process, forget_process, keep_process
 from fedzo.run.start import open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment, environment_variable
@@ -61,7 +62,7 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
             if has_begun(run_dir):
                 start_again = "" if store.rounds else "; it has no round yet, so you may also remove the folder"
                 raise RunFolderError(
-                    f"run folder {run_dir}: it already holds a run. `fedzo resume {run_dir}`, or choose another"
+                    f"run folder {run_dir}: it holds a run. Use `fedzo resume {run_dir}`, or another folder"
                     f"{start_again}."
                 )
             for left in (CONFIG, RUN_FILE, ENVIRONMENT):  # of a start that came to nothing, perhaps by other settings
@@ -138,7 +139,7 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
                 config, extension = _extended(read_launch(run_dir), store, rounds)
                 if any(ended.rounds == config.fl.rounds for ended in store.metrics_of(Summary)):
                     longer = f"`fedzo resume {run_dir} fl.rounds=N` makes the run longer."
-                    said = "%s: all %d rounds are done, and only checked again. %s"
+                    said = "%s: all %d rounds are done, and only verified. %s"
                     log.warning(said, run_dir, config.fl.rounds, longer)
                 if not config.runtime.traits.server_process:
                     return _run(config, store)

@@ -6,17 +6,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from fedzo.commands.answer import prompt_ids
 from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.config.plugins import option_of
 from fedzo.config.travel import config_hash
-from fedzo.data.chat import chat_end, encode_instructions
+from fedzo.data.chat import chat_end
 from fedzo.data.config import TaskKind
-from fedzo.data.encode import encode_prompts
-from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
+from fedzo.data.kept_digests import KEPT_ROWS
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.evaluate import evaluate
 from fedzo.fl.log_store import RunLog
-from fedzo.models.checks import check_ids
 from fedzo.models.generate import end_tokens, generate
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.saved import save_model, whole_folder
@@ -118,11 +117,21 @@ def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
         The scores by the evaluators' names.
 
     Raises:
+        ConfigError: The run has no such rows.
         RowsChangedError: The rows are not those that the run began with.
     """
+    config, lacks = read_run(run_dir), ""
+    if config.partition.traits.own_rows:
+        lacks = f"all rows of {option_of(config, 'partition')} are its clients'"
+    elif getattr(config.split, f"num_{split}") == 0:
+        lacks = f"it began with split.num_{split}=0"
+    if lacks:
+        raise ConfigError(
+            f"{run_dir}: it must have {split} rows to score, but {lacks}. `fedzo export` writes its model, which other "
+            "programs can score."
+        )
     process = rebuild(run_dir).process
-    if (kept := run_dir / KEPT_ROWS).exists():
-        process.server.kept = KeptDigests(kept)
+    if (run_dir / KEPT_ROWS).exists():
         process.server.check_rows(begun=True)
     peer, examples = process.peer, process.server.examples(split)
     task, tokens_per_batch = peer.config.task, peer.site.model.tokens_per_batch
@@ -138,16 +147,13 @@ def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> l
     Of an instruction run they are answers to a chat's user, of a run of ``kind=generation`` one line.
     """
     peer = rebuild(run_dir).process.peer
-    tokenizer, kind = peer.loaded.tokenizer, peer.config.task.kind
-    is_chat = kind is TaskKind.instruction
-    ids = encode_instructions(prompts, tokenizer) if is_chat else encode_prompts(prompts, tokenizer)
-    for number, tokens in enumerate(ids):
-        check_ids(peer.loaded.model, tokens, where=f"prompt {number}")
+    kind = peer.config.task.kind
+    ids, ends = prompt_ids(peer.loaded, prompts, chat=kind is TaskKind.instruction)
     return generate(
         peer.loaded,
         ids,
         max_new_tokens=max_new_tokens,
         tokens_per_batch=peer.site.model.tokens_per_batch,
-        ends=chat_end(tokenizer) if is_chat else set(),
+        ends=ends,
         stop_at_newline=kind is TaskKind.generation,
     )

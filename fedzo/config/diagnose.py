@@ -23,9 +23,7 @@ from fedzo.config.yaml_files import texts
 from fedzo.errors import Problem
 
 RENAMED = {
-    "selection": "step_policy",
     "optimizer": "server_optimizer",
-    "estimator.freeze_selection": "estimator.freeze_routing",
     "model.max_length": "task.max_length",
     "data.num_train": "split.num_train",
     "data.num_dev": "split.num_dev",

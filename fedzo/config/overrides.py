@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString, ValueType
+from hydra.core.override_parser.types import Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 
 from fedzo.config.plugins import conf_dir
@@ -60,9 +59,8 @@ def _text(value: object) -> str:
 
 
 def quoted(name: str) -> str:
-    """A text as one value of Hydra's grammar, where a backslash escapes quotes alone, and backslashes before one."""
-    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), name)
-    return f"'{inner}'"
+    """A text as one value of Hydra's grammar."""
+    return QuotedString(name, Quote.single).with_quotes()
 
 
 def with_config_dir(overrides: Sequence[str], folder: str | None) -> list[str]:

@@ -18,10 +18,9 @@ from fedzo.config.task_rules import task_problems
 from fedzo.data.config import SplitConfig
 from fedzo.data.sources import EMBEDDED
 from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
-from fedzo.evaluate.base import metric_names
+from fedzo.evaluate.base import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES, metric_names
 from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, Weighting
 from fedzo.fl.server.aggregate import num_trimmed
-from fedzo.fl.site_limits import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES
 from fedzo.records.fields import HASH, MOST_CLIENTS, MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 from fedzo.registry import broken_rules, problems_of
 from fedzo.system import MOST_THREADS
@@ -161,7 +160,7 @@ def _limits(limits: SiteLimitsConfig) -> Iterator[Problem]:
         yield problem("limits.base_digest", "be a SHA-256 of 64 hexadecimal digits", limits.base_digest, remedy)
     for key in ("most_steps", "most_rows", "most_probes", "min_rows"):
         yield from at_least(f"limits.{key}", getattr(limits, key), 0, "0 means no limit.")
-    yield from positive("limits.step_limit_s", limits.step_limit_s, "It counts seconds.")
+    yield from positive("limits.step_limit_s", limits.step_limit_s, "Write seconds.")
 
 
 def _model(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
@@ -204,8 +203,8 @@ def _groups(config: RunSettings) -> Iterator[Problem]:
 
 def _split(split: SplitConfig) -> Iterator[Problem]:
     yield from at_least("split.num_train", split.num_train, 0, "0 means all rows.")
-    yield from at_least("split.num_dev", split.num_dev, 0, "It counts rows.")
-    yield from at_least("split.num_test", split.num_test, 0, "It counts rows.")
+    yield from at_least("split.num_dev", split.num_dev, 0, "0 means none.")
+    yield from at_least("split.num_test", split.num_test, 0, "0 means none.")
     yield from unsigned_64("split.seed", split.seed)
 
 
@@ -224,7 +223,7 @@ def _fl(config: RunSettings) -> Iterator[Problem]:
     if own_columns and fl.num_clients > MOST_OWNERS:
         rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"
         yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and server_optimizer=sgd.")
-    yield from at_least("fl.batch_size", fl.batch_size, 1, "The key counts the rows of a client in a step.")
+    yield from at_least("fl.batch_size", fl.batch_size, 1, "Write a client's number of rows per step.")
     most_steps = config.step_policy.most_steps(fl)
     numbers = max(1, config.estimator.probes_per_step)  # of a step: its scalars, or the loss beside a vector
     for key, count, most in (
@@ -266,8 +265,8 @@ def _strategy(config: RunSettings) -> Iterator[Problem]:
     if strategy.size_cap != 0 and not (math.isfinite(strategy.size_cap) and strategy.size_cap >= 1):
         remedy = "Below 1, most clients would have equal weight. Write strategy.weighting=uniform for that."
         yield problem("strategy.size_cap", "be 0 (no cap) or >= 1 and finite", strategy.size_cap, remedy)
-    yield from positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
-    yield from positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
+    yield from positive("strategy.deadline_s", strategy.deadline_s, "Write seconds.")
+    yield from positive("strategy.startup_s", strategy.startup_s, "Write seconds.")
     yield from positive("strategy.max_abs_g", strategy.max_abs_g, "Choose a large number to refuse nothing.")
     if strategy.clip_factor != 0 and not (math.isfinite(strategy.clip_factor) and strategy.clip_factor > 1):
         remedy = "At 1 or less the bound would shrink from round to round, as clients clip to it. 100 is usual."

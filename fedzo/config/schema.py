@@ -31,7 +31,7 @@ from fedzo.zo.server_optimizer import ServerOptimizerConfig, SgdConfig
 
 @dataclass(kw_only=True)
 class RunSettings:
-    """Everything that a user decides about the course of a run: no path, device or credential of a machine."""
+    """All settings that define a run, without paths, devices or credentials of a machine."""
 
     seed: int = 0
     """The run seed (unsigned 64 bit): directions, data order and client sampling follow from it."""
@@ -64,7 +64,7 @@ class RunConfig(RunSettings):
 
 @dataclass(kw_only=True)
 class SiteConfig:
-    """One machine's own: it never travels and enters no hash."""
+    """Settings of one machine: never sent, and in no hash."""
 
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""

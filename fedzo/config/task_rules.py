@@ -18,8 +18,8 @@ def task_problems(config: RunSettings) -> Iterator[Problem]:
     else:
         yield from _template("task.template", task.template)
     if task.kind is TaskKind.generation and task.template.endswith((" ", "\t")):
-        remedy = "Begin task.answer with it: most tokenizers put a blank into the word behind it."
-        yield problem("task.template", "not end in a blank for task.kind=generation", task.template, remedy)
+        remedy = "Begin task.answer with it: most tokenizers join a space to the word after it."
+        yield problem("task.template", "not end in a space for task.kind=generation", task.template, remedy)
     if task.kind is TaskKind.candidates:
         yield from _candidates(task)
     else:
@@ -54,7 +54,8 @@ def _candidates(task: TaskConfig) -> Iterator[Problem]:
     if len(task.candidates) < 2:
         rule = "hold at least 2 answers for task.kind=candidates"
         yield problem("task.candidates", rule, task.candidates, "List the answers in the order of the labels.")
-    for key, texts in (("task.candidates", task.candidates), ("task.labels", task.labels)):
+    labels = [label.strip() for label in task.labels]  # as they are compared with the column's values
+    for key, texts in (("task.candidates", task.candidates), ("task.labels", labels)):
         if len(set(texts)) < len(texts):
             yield problem(key, "differ from one another", texts, "Each answer has one label and one text.")
     for candidate in task.candidates:

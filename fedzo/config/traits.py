@@ -115,7 +115,7 @@ def runtime_problems(config: LaunchConfig) -> Iterator[Problem]:
 def partition_problems(config: RunSettings) -> Iterator[Problem]:
     """What rows must have to be dealt."""
     if config.partition.traits.by_label and config.task.kind is not TaskKind.candidates:
-        rule = f"go by something else than labels for task.kind={config.task.kind}, which has none"
+        rule = f"not depend on labels for task.kind={config.task.kind}, which has none"
         yield problem("partition", rule, plugin_name("partition", config.partition), "Use partition=iid or natural.")
     if config.partition.traits.own_rows:
         yield from _own_rows(config, option_of(config, "partition"))
@@ -199,9 +199,9 @@ def step_policy_problems(config: RunSettings) -> Iterator[Problem]:
     if traits.compares_abs_g and (reason := config.estimator.traits.incomparable_g):
         got = plugin_name("estimator", config.estimator)
         remedy = "Choose another, such as two_point, or step_policy=none."
-        yield problem("estimator", f"be another than {got} for a step policy by |g|: {reason}", got, remedy)
+        yield problem("estimator", f"not be {got} for a step policy that reads |g|: {reason}", got, remedy)
     if traits.compares_abs_g and config.strategy.aggregation is Aggregation.majority_sign:
-        rule = "be another than majority_sign for a step policy by |g|: the clients send only the sign of g"
+        rule = "not be majority_sign for a step policy that reads |g|: the clients send only the sign of g"
         yield problem("strategy.aggregation", rule, "majority_sign", "Choose another, or step_policy=none.")
     if traits.needs_labels and config.task.kind is not TaskKind.candidates:
         got = plugin_name("step_policy", config.step_policy)

@@ -13,7 +13,7 @@ import types
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -24,6 +24,7 @@ from fedzo.config.rules import launch_problems, run_problems, site_file_problems
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, SiteFile, filled
 from fedzo.config.yaml_files import read_yaml
 from fedzo.errors import ConfigError
+from fedzo.records.decode import parse_json
 
 _TOP = "configuration"
 VERSION = 2
@@ -61,15 +62,12 @@ def from_json(text: str, config_class: type[Config]) -> Config:
     Raises:
         ConfigError: the text is not such a config.
     """
-    try:
-        plain = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"The configuration must be JSON as fedzo writes it, got: {error}.") from error
+    plain = parse_json(text, where=_TOP, error=ConfigError)
     version = plain.get("version") if isinstance(plain, dict) else None
     if isinstance(plain, dict) and version != VERSION:
         got = "none, so that fedzo did not write it, or an early fedzo did" if version is None else f"{version!r:.40}"
         raise ConfigError(
-            f"configuration must be of version {VERSION}, got {got}. A run folder is read by the fedzo that made it."
+            f"configuration must be of version {VERSION}, got {got}. Use the fedzo that made the run folder."
         )
     rest = {key: value for key, value in plain.items() if key != "version"} if isinstance(plain, dict) else plain
     config = cast(Config, _decode_class(config_class, rest, _TOP))
@@ -263,8 +261,6 @@ def _decode(hint: Any, plain: object, where: str, *, found: list[str] | None = N
         return [_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(plain)]
     if origin is dict and isinstance(plain, dict):
         return {_decode(arguments[0], key, where): _decode(arguments[1], plain[key], where) for key in plain}
-    if origin is Literal and plain in arguments:
-        return plain
     if isinstance(hint, type):
         if is_dataclass(hint):
             return _decode_class(hint, plain, where, found=found)
@@ -293,7 +289,3 @@ def _name(hint: Any) -> str:
 def _refuse(where: str, rule: str, got: object) -> NoReturn:
     shown = repr(got)
     raise ConfigError(f"{where} must {rule}, got {shown if len(shown) <= 80 else shown[:77] + '...'}.")
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a finite number")

@@ -33,7 +33,7 @@ class Transport(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class FlConfig:
-    """The federation's rounds."""
+    """Clients, rounds, steps."""
 
     num_clients: int = 8
     """K: number of clients of the run."""
@@ -96,15 +96,15 @@ class StrategyConfig:
     min_replies: int = 1
     """Minimum of usable replies in a round. With fewer, the server also asks clients that were not sampled."""
     deadline_s: float = 600.0
-    """Time in which clients must reply. If too few do, the round asks others, who have as long again. There is no limit
+    """Seconds in which clients must reply. If too few do, others are asked, with the same limit. There is no limit
     with ``runtime=inline``, where clients run one after another."""
     startup_s: float = 300.0
-    """How long the server waits for ``fl.num_clients`` clients to register. A site that says nothing may still work on
-    an earlier request: if the run needs it, the server waits until ``deadline_s``, if that is longer. A round waits
-    ``startup_s`` in all for clients to come back, if fewer than ``min_replies`` can be asked."""
+    """Seconds for ``fl.num_clients`` clients to register. A silent site may still work on an earlier request: if the
+    run needs it, the server waits up to ``deadline_s``, if that is longer. If fewer than ``min_replies`` clients can
+    be asked, a round waits ``startup_s`` in all for others to return."""
     max_abs_g: float = 1e6
-    """Clients clip |g| to it. A reply with a larger |g| is refused. A vector is refused if its norm over learning rate
-    and steps is larger."""
+    """Bound on |g|: clients clip to it, a reply beyond it is refused. So is a vector if its norm / (learning rate x
+    steps) is larger."""
     clip_factor: float = 100.0
     """Clients clip |g| to this multiple of the median |g| of the last rounds. A reply beyond it is refused. Replies
     whose |g|, loss or vector is 100 times the median of the round are refused, too. This protects rounds of three or
@@ -137,9 +137,10 @@ class EvaluationConfig:
     """The dev score that chooses the best round, whose model is tested and exported. The score is that of the first
     evaluator in ``evaluators``."""
     central: bool = True
-    """Whether the server holds dev and test rows (a real federation's server may hold none)."""
+    """Whether the server scores the dev and test rows. Write false for ``partition=own``, where the server has
+    none."""
     test: bool = True
-    """Whether the test rows are scored. False, for runs that choose settings, leaves all rows where they are."""
+    """Whether test rows are scored. Write false to choose settings: the split of the rows stays the same."""
     federated_every_rounds: int = 0
     """Number of rounds between two scores of clients on their held-out rows. 0 = only at the end, -1 = never."""
     federated_max_rows: int = 64
@@ -167,21 +168,21 @@ class SiteLimitsConfig:
     """Maximum of probes in a local step. As many as there are trained values tell the whole gradient of the step's
     rows. 0 = no limit."""
     step_limit_s: float = 3600.0
-    """Time that the site works on one request at most, loading the model included. Then the site gives the request up
-    and starts its executor again. Each round that the site replays has this time anew. ``fedzo client up`` reads it
+    """Seconds that the site may work on one request, loading the model included. Then the site gives the request
+    up and restarts its executor. Each round that the site replays has this time anew. ``fedzo client up`` reads it
     when it starts."""
     answers: list[str] = field(default_factory=list)
     """Numbers that may leave the site: ``loss`` (also of local steps), an evaluator's metric or other number by its
-    name, ``per_class``, ``label_counts``, ``stages`` (what preprocess stages tell of their work). Empty = all,
-    ``[none]`` = none of them. ``per_class`` leaves only along with the metric, which it gives away."""
+    name, ``per_class``, ``label_counts``, ``stages`` (what preprocess stages report). Empty = all, ``[none]`` = none
+    of them. ``per_class`` leaves only with the metric, which can be computed from it."""
     min_rows: int = 0
-    """Minimum of rows behind a score or a count that leaves the site. The scalars of training steps are no scores."""
+    """Minimum of rows behind a score or a count that leaves the site. Scalars of training steps are not limited."""
     vectors: bool = False
     """Whether update vectors may leave the site, which ``estimator=backprop`` needs. The vector of one local step with
     SGD is, up to a factor, the gradient of its rows, from which their text can be rebuilt."""
     several_clients: bool = False
     """Whether the site may be several clients of one run on the same rows, as in a simulation. Otherwise the site
-    refuses another client's index than the first that it was given."""
+    refuses every client index but the first that it was given."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,18 +7,21 @@ request is a ``ProtocolError``, before memory or time is spent on it. What the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedzo.data.kept_digests import KeptDigests
 from fedzo.errors import ProtocolError
-from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.config import directions_of
 from fedzo.fl.messages import Refusal, Sync, TrainRequest
 from fedzo.fl.site_limits import SiteError, check_work
-from fedzo.trainers.artifacts import MAX_BYTES
 from fedzo.zo.directions import SHARED
 from fedzo.zo.log import LogRecord, RoundRecord, unpack
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig, SiteFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,62 +29,46 @@ class Limits:
     """The ranges of one run.
 
     Attributes:
-        rounds: Rounds of the run.
-        most_steps: Most local steps of a client in one round.
-        num_clients: K.
-        num_probes: P; 0 where clients send vectors.
-        directions: Along which directions the columns of a record lie (``fedzo.zo.seeds``).
-        lr: The highest learning rate of a round.
-        max_abs_g: The highest bound that a request may announce.
-        artifact: SHA-256 of the run's artifact, hexadecimal.
-        step_rows: Rows of a local step.
-        site: The site's own limits.
-        artifact_max_bytes: Of the largest artifact that the site takes.
+        run: What its peers agreed on.
+        site: The site's own file.
         takes_values: Whether a server may send the trained values in place of the log, unasked.
-        own_client: Gives the index that the site has in the run, by the one that is asked; None where it may have
-            several.
-        own_client_file: Where the site keeps it.
+        kept: Where the site keeps which client of the run it is; None where it may be several.
+        run_id: Names the run there.
     """
 
-    rounds: int
-    most_steps: int
-    num_clients: int
-    num_probes: int
-    directions: int
-    lr: float
-    max_abs_g: float
-    artifact: str
-    step_rows: int = 0
-    site: SiteLimitsConfig = field(default_factory=SiteLimitsConfig)
-    artifact_max_bytes: int = MAX_BYTES
+    run: RunConfig
+    site: SiteFile
     takes_values: bool = False
-    own_client: Callable[[int], int] | None = None
-    own_client_file: str = ""
+    kept: KeptDigests | None = None
+    run_id: str = ""
+
+    @property
+    def most_steps(self) -> int:
+        """Most local steps of a client in one round."""
+        return self.run.step_policy.most_steps(self.run.fl)
 
     def check_client(self, client: int) -> None:
         """Refuse to be a client that the run does not have, or another one than before."""
-        _within("client", client, 0, self.num_clients - 1)
-        if self.own_client is not None and (own := self.own_client(client)) != client:
+        _within("client", client, 0, self.run.fl.num_clients - 1)
+        if self.kept is not None and (own := self.kept.claim(client, run=self.run_id)) != client:
             raise SiteError(
                 Refusal.client,
                 f"the site is client {own} of this run, and client {client} is asked. If the server's list was wrong "
-                f"before, delete {self.own_client_file} and restart the site",
+                f"before, delete {self.kept.claim_file(self.run_id)} and restart the site",
             )
 
     def check_artifact(self, digest: str) -> None:
         """Refuse any artifact but the run's, so that no server fills a site's disk."""
-        if digest != self.artifact:
+        if digest != self.run.artifact:
             raise ProtocolError(
-                f"artifact: it must be the run's ({self.artifact[:12]}), got {digest[:12] or 'none'}. "
+                f"artifact: it must be the run's ({self.run.artifact[:12]}), got {digest[:12] or 'none'}. "
                 "Start server and clients with the same configuration."
             )
 
     def check_artifact_size(self, size: int) -> None:
         """Refuse an artifact that is too large for the site."""
-        if size > self.artifact_max_bytes:
-            raise SiteError(
-                Refusal.artifact, f"artifact_max_bytes is {self.artifact_max_bytes}, and the artifact has {size}"
-            )
+        if size > (most := self.site.artifact_max_bytes):
+            raise SiteError(Refusal.artifact, f"artifact_max_bytes is {most}, and the artifact has {size}")
 
     def check_state(self, request: Sync, *, asked_values: bool = False) -> None:
         """Refuse a state that the run cannot have, or a way to it that no round of the run can be.
@@ -96,7 +83,7 @@ class Limits:
                 "values must be left out: in this run a client replays the log, and this one did not ask for values. "
                 "Does the server run the same fedzo?"
             )
-        _within("round", request.round, 0, self.rounds)
+        _within("round", request.round, 0, self.run.fl.rounds)
         _within("from_round", request.from_round, 0, request.round)
         if len(request.chain) != 64:
             raise ProtocolError("chain must be 64 hexadecimal digits, got none")
@@ -106,32 +93,33 @@ class Limits:
 
     def check_steps(self, request: TrainRequest) -> None:
         """Refuse work that the run did not announce."""
-        check_work(self.site, steps=request.steps, step_rows=self.step_rows)
-        _within("round", request.round, 0, self.rounds - 1)
+        check_work(self.site.limits, steps=request.steps, step_rows=self.run.fl.batch_size)
+        _within("round", request.round, 0, self.run.fl.rounds - 1)
         _within("steps", request.steps, 1, self.most_steps)
         _within("used", request.used, 0, request.round * self.most_steps)
         _within("lr", request.lr, 0.0, self._lr)
-        _within("max_abs_g", request.max_abs_g, 0.0, self.max_abs_g)
+        _within("max_abs_g", request.max_abs_g, 0.0, self.run.strategy.scalar_bound)
 
     @property
     def _lr(self) -> float:
-        return float(np.float32(self.lr))
+        return float(np.float32(self.run.server_optimizer.base_lr))
 
     def _check_record(self, record: LogRecord) -> None:
         what = f"log, round {record.round}:"
         _within(f"{what} lr", record.lr, 0.0, self._lr)
         if not isinstance(record, RoundRecord):
             return  # its size is compared with the space's
-        steps, probes, owners = record.coefficients.shape
+        run, (steps, probes, owners) = self.run, record.coefficients.shape
+        planned = run.estimator.probes_per_step
         _within(f"{what} the number of steps", steps, 1, self.most_steps)
-        _within(f"{what} the number of probes", probes, self.num_probes, self.num_probes)
-        _within(f"{what} the number of owners", owners, 1, self.num_clients)
+        _within(f"{what} the number of probes", probes, planned, planned)
+        _within(f"{what} the number of owners", owners, 1, run.fl.num_clients)
         if record.owners != (SHARED,):
             ascending = all(one < other for one, other in zip(record.owners, record.owners[1:], strict=False))
-            if not ascending or record.owners[-1] >= self.num_clients:
-                raise ProtocolError(f"{what} owners must be clients of 0 to {self.num_clients - 1}, ascending")
-            if record.directions != self.directions:
-                raise ProtocolError(f"{what} directions must be {self.directions}, got {record.directions}")
+            if not ascending or record.owners[-1] >= run.fl.num_clients:
+                raise ProtocolError(f"{what} owners must be clients of 0 to {run.fl.num_clients - 1}, ascending")
+            if record.directions != (directions := directions_of(run.fl)):
+                raise ProtocolError(f"{what} directions must be {directions}, got {record.directions}")
 
 
 def _within(what: str, value: float, low: float, high: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
@@ -59,7 +59,7 @@ class OpenLog(LogLines[L]):
 
     def repair(self) -> None:
         """Cut off an unfinished last line, or give a whole one the newline that it lacks."""
-        size, whole = os.fstat(self.fileno()).st_size, self._start(len(self))
+        size, whole = os.fstat(self.fileno()).st_size, self.num_bytes
         if cut := size - whole:
             log.warning("%s: its last line was unfinished; %d bytes are cut off", self._path, cut)
             self._file.truncate(whole)
@@ -72,35 +72,25 @@ class OpenLog(LogLines[L]):
         return self._file.fileno()
 
     def append(self, line: L, *, durable: bool) -> None:
-        self._write([to_json(line).encode() + b"\n"])
-        if durable:
-            os.fsync(self._file.fileno())
-
-    def keep(self, numbers: Sequence[int], *, dropped: str = "") -> None:
-        """Drop the other lines; those before the first of them are not touched, so no kill loses them.
-
-        What stays keeps its bytes.
-
-        Args:
-            numbers: Of the lines that stay, ascending.
-            dropped: For the warning, what the others tell of; without it there is none.
-        """
-        first = next((place for place, number in enumerate(numbers) if number != place), len(numbers))
-        if first == len(self):
-            return
-        if dropped:
-            log.warning("%s: %d lines of %s are dropped", self._path, len(self) - len(numbers), dropped)
-        kept = [self._line(self._file, number) for number in numbers[first:]]
-        self._file.truncate(self._start(first))
-        self.leave_out_from(first)
-        self._write(kept)
-
-    def _write(self, lines: list[bytes]) -> None:
-        rest = b"".join(lines)
+        rest = data = to_json(line).encode() + b"\n"
         while rest:
             rest = rest[self._file.write(rest) :]
-        for line in lines:
-            self._ends.append(self._start(len(self)) + len(line))
+        self._ends.append(self.num_bytes + len(data))
+        if durable:
+            os.fsync(self.fileno())
+
+    def cut(self, number: int, *, dropped: str = "") -> None:
+        """Drop the lines from this one on, in one step: no kill loses any other.
+
+        Args:
+            number: Of the first line that goes; if there is none, nothing happens.
+            dropped: For the warning, what the lines tell of; without it there is none.
+        """
+        if number < len(self):
+            if dropped:
+                log.warning("%s: %d lines of %s are dropped", self._path, len(self) - number, dropped)
+            self._file.truncate(self._start(number))
+            self.leave_out_from(number)
 
     def __enter__(self) -> OpenLog[L]:
         return self

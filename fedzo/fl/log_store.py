@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,10 +146,11 @@ class RunStore(RunLog):
                 lines.repair()
             for left in (folder / VECTORS).glob(".*.part"):
                 left.unlink()
-            self._audit.keep(range(done), dropped=_UNCOMMITTED)
-            kept = [number for number, line in enumerate(metrics) if belongs(line, done)]
-            self._metrics.keep(kept, dropped=_UNCOMMITTED)
-            self.rounds, self.audit, self.metrics = self._public, self._audit, [metrics[number] for number in kept]
+            self._audit.cut(done, dropped=_UNCOMMITTED)
+            # In the order of rounds, but for a run that was made longer after its public log was put back by one.
+            kept = [*takewhile(lambda line: belongs(line, done), metrics)]
+            self._metrics.cut(len(kept), dropped=_UNCOMMITTED)
+            self.rounds, self.audit, self.metrics = self._public, self._audit, kept
             self._files = opened.pop_all()
 
     def __enter__(self) -> RunStore:
@@ -185,11 +187,11 @@ class RunStore(RunLog):
         self.metrics.append(_light(record))
 
     def take_back(self, record: Extension) -> None:
-        """Drop the record of an extension that came to nothing."""
-        kept = [number for number, line in enumerate(self.metrics) if line != record]
+        """Drop the record of an extension that came to nothing, and what its start told, which the next tells again."""
+        number = self.metrics.index(record)
         with writing_logs(self.folder):
-            self._metrics.keep(kept)
-        self.metrics = [self.metrics[number] for number in kept]
+            self._metrics.cut(number)
+        del self.metrics[number:]
 
     def close(self) -> None:
         """Close the files; the lock goes with them."""

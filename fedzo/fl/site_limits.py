@@ -6,16 +6,18 @@ holds stay in the site's own log.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 from fedzo.errors import FedzoError, OtherVersionError, ProtocolError
+from fedzo.evaluate.base import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
 from fedzo.models.memory import is_out_of_memory
 from fedzo.records.scores import MOST_LOSS, PartialScore, Score
 
-LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE = "loss", "per_class", "label_counts", "stages", "none"
-"""Names in ``limits.answers`` that are no evaluator's own."""
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
 
 
 class SiteError(FedzoError):
@@ -48,47 +50,37 @@ def as_site_error(error: Exception) -> SiteError:
     return SiteError(Refusal.foreign if isinstance(error, ProtocolError) else Refusal.failed, what)
 
 
-def check_run(
-    limits: SiteLimitsConfig,
-    *,
-    task: str,
-    trainer: str | None,
-    stages: Iterable[str],
-    base_digest: str,
-    label_counts: bool,
-    num_probes: int,
-) -> None:
+def check_run(limits: SiteLimitsConfig, run: RunConfig, *, trainer: str | None) -> None:
     """Refuse a run that its settings alone rule out, before a model is loaded for it.
 
     Args:
         limits: The site's.
-        task: Name of the run's task.
+        run: What its peers agreed on.
         trainer: Name of its trainer.
-        stages: Names of its preprocess stages.
-        base_digest: Of its base weights.
-        label_counts: Whether it needs these.
-        num_probes: P of a local step; 0 where its clients send vectors, and with them the losses of local steps.
 
     Raises:
-        SiteError: The run has a task, trainer, stage or base that the site does not take part in, or more probes than
-            it takes, or needs label counts, vectors or the losses of local steps, and these do not leave the site.
+        SiteError: The run has a task, trainer, stage or base that the site does not take part in, or more work in a
+            round than it takes, or needs label counts, vectors or the losses of local steps, and these do not leave the
+            site.
     """
     for key, allowed, asked, refusal in (
-        ("tasks", limits.tasks, [task], Refusal.task),
+        ("tasks", limits.tasks, [run.task.name], Refusal.task),
         ("trainers", limits.trainers, [trainer], Refusal.trainer),
-        ("stages", limits.stages, [*stages], Refusal.stage),
+        ("stages", limits.stages, [*run.preprocess], Refusal.stage),
     ):
         if allowed and (stray := [name for name in asked if name not in allowed]):
             raise SiteError(refusal, f"limits.{key} allows {', '.join(allowed)}, and the run has {stray[0]}")
-    check_base(limits, base_digest, whose="the run's base")
-    if label_counts and not leaves(limits, LABEL_COUNTS):
+    check_base(limits, run.base.weights_digest, whose="the run's base")
+    if run.fl.label_counts and not leaves(limits, LABEL_COUNTS):
         raise SiteError(Refusal.label_counts, f"limits.answers lacks {LABEL_COUNTS}, and the run has fl.label_counts")
-    if limits.most_probes and num_probes > limits.most_probes:
-        raise SiteError(Refusal.probes, f"limits.most_probes is {limits.most_probes}, and {num_probes} are asked")
-    if num_probes == 0 and not limits.vectors:
+    probes = run.estimator.probes_per_step
+    if limits.most_probes and probes > limits.most_probes:
+        raise SiteError(Refusal.probes, f"limits.most_probes is {limits.most_probes}, and {probes} are asked")
+    if probes == 0 and not limits.vectors:
         raise SiteError(Refusal.vectors, "limits.vectors is false, and the run's clients send update vectors")
-    if num_probes == 0 and not leaves(limits, LOSS):
+    if probes == 0 and not leaves(limits, LOSS):
         raise SiteError(Refusal.losses, f"limits.answers lacks {LOSS}, and the run's clients send vectors with it")
+    check_work(limits, steps=run.step_policy.most_steps(run.fl), step_rows=run.fl.batch_size)
 
 
 def check_base(limits: SiteLimitsConfig, digest: str, *, whose: str) -> None:

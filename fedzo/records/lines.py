@@ -62,6 +62,11 @@ class LogLines(Sequence[L]):
         number = range(len(self))[index]
         return next(self._read(range(number, number + 1)))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of these lines."""
+        return self._start(len(self))
+
     def leave_out_from(self, number: int) -> None:
         """Have no lines from this one on; in the file they stay."""
         del self._ends[number:]

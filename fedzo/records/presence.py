@@ -1,4 +1,4 @@
-"""Who takes part in a run at the moment: ``presence.json``, which its server writes for ``fedzo status``."""
+"""What the server of a run tells ``fedzo status``: who takes part at the moment, and why it ended too early."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, OmitDef
 from fedzo.records.folder import PRESENCE, replace_file
 
 PRESENCE_S = 2.0
+OUTCOME = "logs/outcome.json"
+"""The file of an ``Outcome``; the next start of the run removes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,3 +74,16 @@ class PresenceFile:
         self._next = now + PRESENCE_S
         with suppress(OSError):  # a full disk ends the run where the log cannot be written, and not here
             replace_file(self._file, to_json(presence()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """An error that ended the server before its run.
+
+    Attributes:
+        error: Name of its class.
+        text: Its message.
+    """
+
+    error: Annotated[str, Length(1, 100)]
+    text: Annotated[str, Length(0, 1 << 20)]

@@ -75,7 +75,7 @@ class JudgeTest:
         sensitivity: Pairs of the same meaning that it called the same; of the two orders the lower share.
         specificity: Pairs of another meaning that it did not call the same; of the two orders the lower share.
         order_points: By how much the share of "same" over all pairs differs between the two orders.
-        order_points_high: Upper end of its 95 % interval (McNemar's, for paired shares).
+        order_points_high: Upper end of its 95 % interval (Wald's, for paired shares).
         kinds: Counts a kind of pairs.
     """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
-    """What a run leaves for people to look at, beside log and metrics."""
+    """The report of a run and its progress bars."""
 
     html: bool = True
     """``report.html`` and its figures."""

@@ -75,8 +75,8 @@ def draw_labels(run: RunData) -> Picture | None:
         worst = max(shares, key=lambda client: shares[client][0])
         most = percent_text(shares[worst][0], digits=0)
         caption += f" Up to {most} of a client's rows have the same label (client {worst})."
-        caption += " Different colours mean non-IID clients."
-    return Picture("labels", "Who holds which labels", caption, figure)
+        caption += " Unequal mixes mean non-IID clients."
+    return Picture("labels", "Labels of each client", caption, figure)
 
 
 def draw_abs_g(run: RunData) -> Picture | None:
@@ -103,7 +103,7 @@ def draw_abs_g(run: RunData) -> Picture | None:
     axes.set_ylabel("|g|, loss per unit step")
     colour_scale(run, figure, [axes])
     caption = "g is the scalar of a step: the slope of the client's loss along the step's direction. "
-    caption += f"Size of each client's g, the mean of its local steps in {last(window, 'round')}. "
+    caption += f"A line is a client's mean |g| over its local steps in {last(window, 'round')}. "
     caption += "A client far above the others moves the mean most. A client with fewer steps has a noisier mean."
     if set(flagged) & {*lines}:
         caption += " Flagged clients are dark."
@@ -172,11 +172,11 @@ def _federated_caption(final: FederatedScore, num_clients: int) -> str:
     rows = [client.num_examples for client in final.clients if client.value is not None]
     (worst, value), told = final.worst_first[0], len(final.worst_first)
     caption = (
-        f"After {counted(final.round, 'round')}, each client on rows it never trained on ({span(rows, 'row')}, "
-        f"so errors are large). Worst: client {worst} with {score_text(final.metric, value)} (orange)."
+        f"After {counted(final.round, 'round')}, on each client's held-out rows ({span(rows, 'row')}: few, so scores "
+        f"are noisy). Worst: client {worst} with {score_text(final.metric, value)} (orange)."
     )
     if num_clients > told:
-        caption += f" {told} of {num_clients} clients told their {final.metric}."
+        caption += f" {told} of {num_clients} clients report {final.metric}."
     return caption
 
 

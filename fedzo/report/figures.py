@@ -193,18 +193,18 @@ def _bytes(run: RunData) -> Picture | None:
         axes.set_ylim(max(low / max(len(rounds), 10) / 1.6, 0.5), 2 * high)
         axes.minorticks_off()
     bytes_axis(axes.yaxis)
-    axes.set_ylabel("bytes per client, so far" + (" (log scale)" if high > 20 * low else ""))
+    axes.set_ylabel("total bytes per client" + (" (log scale)" if high > 20 * low else ""))
     _rounds_axis(axes, rounds[-1])
     keep_apart(figure, [label_at(axes, x, y, text, color=colour) for x, y, text, colour in ends])
     up = sum(run.num_bytes("payload_up_bytes").values()) / num_clients
     caption = (
         f"A client sent {bytes_text(up)} of payload in {counted(len(run.rounds), 'round')} "
         f"(mean over {counted(num_clients, 'client')}). "
-        "Payload is the bytes of the algorithm's numbers. Messages are payload with the message format of Flower."
+        "Payload: the bytes of the algorithm's numbers. Messages: the payload in Flower's message format."
     )
     if any(scored.federated for scored in run.scored):
-        caption += " Clients' scores are messages, too."
+        caption += " Clients' scores count as messages."
     has_wire = any(record.wire_up_bytes for record in run.rounds)
     if has_wire:
-        caption += " The wire carries these in HTTP, and clients' requests for work."
+        caption += " The wire adds HTTP and the polling of clients for work."
     return Picture("bytes", "Bytes on the wire, per client" if has_wire else "Bytes per client", caption, figure)

@@ -105,8 +105,8 @@ def cut_text(cut_rows: Mapping[str, tuple[int, int]], max_length: object) -> str
         f"{split} {cut:,} of {whole:,} ({share_text(cut, whole)})" for split, (cut, whole) in cut_rows.items() if cut
     ]
     return (
-        f"task.max_length={max_length} cuts rows, which lose the beginning of their prompt or the end of their answer: "
-        f"{', '.join(parts)}. Raise task.max_length to use them whole."
+        f"task.max_length={max_length} truncates rows (the start of the prompt or the end of the answer is lost): "
+        f"{', '.join(parts)}. Raise task.max_length to keep them whole."
     )
 
 

@@ -110,7 +110,7 @@ def _headline_note(run: RunData) -> str:
     parts = [f"{before.metric} on {count_text(after.num_examples)} test rows, before and after training"]
     if before.best_threshold_accuracy is not None and after.best_threshold_accuracy is not None:
         shift = _from_to("accuracy", before.best_threshold_accuracy, after.best_threshold_accuracy)
-        parts.append(f"at the threshold that is best on these very rows {shift}: the rest of the gain is calibration")
+        parts.append(f"at the best threshold for these rows {shift}: the rest of the gain is a shift of the threshold")
     if before.auc is not None and after.auc is not None:
         parts.append(f"AUC {before.auc:.3f} to {after.auc:.3f}")
     return "; ".join(parts) + "."
@@ -135,12 +135,12 @@ def _notes(run: RunData) -> list[str]:
     if run.first.test[1]:
         again = " of each total" if run.extensions else ""
         notes.append(f"The test rows were scored once before training and once at the best round{again}.")
-        notes[-1] += " Nothing of the run was chosen by test rows."
+        notes[-1] += " No choice of this run used the test rows."
     notes.append("Message bytes are contents as Flower counts them, without HTTP and TLS.")
     if any(line.wire_up_bytes for line in run.rounds):
         notes.append(
-            "Bytes on the wire are all HTTP within TLS until the last round's replies, also of clients that ask for "
-            "work while they wait."
+            "Bytes on the wire are all HTTP bytes inside TLS until the last round's replies, the polling of waiting "
+            "clients included."
         )
     return notes
 
@@ -150,13 +150,13 @@ def _numbers(run: RunData) -> Table:
     rows = [["rounds", str(len(run.rounds))]]
     if run.setup and run.setup.prepare_seconds is not None:
         rows.append(["time to prepare the trainer", seconds_text(run.setup.prepare_seconds)])
-    rows += [["time of rounds", seconds_text(run.round_seconds)], ["time, with scores", seconds_text(run.seconds)]]
+    rows += [["time of rounds", seconds_text(run.round_seconds)], ["time with scores", seconds_text(run.seconds)]]
     if run.summary and run.first.dev:
         rows.append(["best dev round", str(run.summary.best_round)])
     if run.setup:
         trained = f"{count_text(run.setup.space_size)} of {count_text(run.setup.num_params)}"
         rows.append(["trained weights", f"{trained} ({share_text(run.setup.space_size, run.setup.num_params)})"])
-        rows.append(["set-up of a client", bytes_text(run.setup.setup_down_bytes)])
+        rows.append(["set-up per client", bytes_text(run.setup.setup_down_bytes)])
         if forwards := run.setup.forwards:
             most = f"up to {count_text(forwards.tokens_per_batch)} tokens at once"
             rows.append(["forwards at the server", f"{forwards.products or forwards.dtype}, {most}"])
@@ -174,16 +174,14 @@ def _numbers(run: RunData) -> Table:
         rows.append(["loss, first and last round", ", ".join(ends)])
         if spreads := [spread for line in run.trained if (spread := _spread(line)) is not None]:
             typical, largest = number_text(statistics.median(spreads)), number_text(max(spreads))
-            rows.append(
-                ["losses of a round's clients, highest less lowest", f"{typical} (median), {largest} (largest)"]
-            )
+            rows.append(["loss spread (max - min) over a round's clients", f"{typical} (median), {largest} (largest)"])
     if run.decision:
         rows.append(["flagged clients", flagged_text(run.flagged, fallback=run.decision.fallback)])
     for last in (scored.federated[-1] for scored in run.scored if scored.federated):
         value, loss = last.num_told("value"), last.num_told("loss")
         if min(value, loss) < clients:
             told = f"{value} and {loss} of {counted(clients, 'client')}"
-            rows.append([f"own held-out rows: {last.metric} and loss are told by", told])
+            rows.append([f"own held-out rows: {last.metric} and loss reported by", told])
     if run.summary:
         rows.append(["SHA-256 of the trained values", run.summary.final_digest or MISSING])
     return "Numbers", rows
@@ -199,7 +197,7 @@ def _evaluators(run: RunData) -> Table:
     """What each evaluator found; nothing where the headline and the figures say it all."""
     title, rows = (
         "Scores by evaluator",
-        [["evaluator", "measure", "test before", "test after", "own rows (last round)", "worst client (last round)"]],
+        [["evaluator", "measure", "test before", "test after", "held-out (last round)", "worst client (last round)"]],
     )
     for scored in run.scored:
         (before, after), own = scored.test, scored.federated[-1] if scored.federated else None
@@ -217,21 +215,21 @@ def _evaluators(run: RunData) -> Table:
 def _classes(run: RunData) -> Table:
     before, after = run.first.test
     if not before or not after or not after.per_class:
-        return "Test rows by class", []
-    rows = [["class", "rows", "right before", "right after"]]
+        return "Correct test rows by class", []
+    rows = [["class", "rows", "before", "after"]]
     for label, (right, total) in sorted(after.per_class.items()):
         was = before.per_class.get(label, (0, 0))[0]
         rows.append([run.class_name(label), str(total), str(was), str(right)])
-    return "Test rows by class", rows
+    return "Correct test rows by class", rows
 
 
 def _own_classes(run: RunData) -> Table:
-    title = "Clients' own held-out rows by class"
+    title = "Correct held-out rows by class"
     told = run.first.federated
     scored = told[:1] + told[1:][-1:]  # the first and the last, which may be one
     if not scored or not scored[-1].per_class:
         return title, []
-    rows = [["class", "rows", *(f"right after round {score.round}" for score in scored)]]
+    rows = [["class", "rows", *(f"after round {score.round}" for score in scored)]]
     for label, (_, total) in sorted(scored[-1].per_class.items()):
         rights = [score.per_class.get(label, (0, 0))[0] for score in scored]
         rows.append([run.class_name(label), str(total), *map(str, rights)])
@@ -246,7 +244,7 @@ def _stages(run: RunData) -> Table:
         told = [client.stages.get(name) for name in names]
         cells = [MISSING if x is None else count_text(int(x)) if x.is_integer() else number_text(x) for x in told]
         rows.append([str(client.client), *cells])
-    return "What preprocess stages tell", rows if names else []
+    return "Preprocess stages", rows if names else []
 
 
 def _clients(run: RunData) -> Table:

@@ -139,29 +139,29 @@ def _shade(axes: Axes, windows: Mapping[str, tuple[int, int]]) -> None:
 
 def _caption(run: RunData, *, drawn: int, total: int, unit: float) -> str:
     parts = [
-        "Every local step that a client took, most one-sided labels first; all panels share their axes.",
+        "All local steps of each client, most one-sided labels first; all panels share their axes.",
         "g is the scalar of a step: the slope of the client's loss along the step's direction.",
     ]
     if unit:
         parts.append(
             "GradIP is the inner product of a step's estimated gradient and the gradient by which the mask was chosen. "
-            "With one probe a step GradIP is g times a number that depends on the seed alone: the same course with "
-            "more noise, its highest spikes cut."
+            "With one probe a step, GradIP is g times a number that depends only on the seed: the same curve with "
+            "more noise. The axis cuts spikes."
         )
     parts.append(
-        "A line that falls to nothing is a client whose loss hardly changes any more, such as one that has learned its "
+        "A line that falls to 0: the client's loss hardly changes any more, for example because it has learned its "
         "only label."
     )
     if run.decision and run.decision.windows:
         windows = " and ".join(f"{name} ({first} to {end})" for name, (first, end) in run.decision.windows.items())
         parts.append(f"Grey: the steps that were compared, {windows}.")
     if flagged := run.flagged:
-        where = "framed" if len(flagged) <= MAX_PANELS else "framed where drawn"
+        where = "framed" if len(flagged) <= MAX_PANELS else "framed where shown"
         sequential = run.decision and not run.decision.windows and any(run.flagged_from.values())
         when = ", from the dashed line on" if sequential else ""
         parts.append(f"Flagged ({where}{when}): {', '.join(map(str, flagged))}.")
     if run.decision and run.decision.fallback:
-        parts.append("They are more than may be stopped early.")
+        parts.append("Too many to stop any of them early.")
     if drawn < total:
-        parts.append(f"{drawn} of {total} clients are drawn: the flagged ones, and others evenly over the skew.")
+        parts.append(f"{drawn} of {total} clients are shown: the flagged ones, and others evenly over the skew.")
     return " ".join(parts)

@@ -113,7 +113,7 @@ def seeds_notes(groups: Sequence[Group], jobs: Sequence[Job], *, are_compared: b
     if fewer and are_compared:
         notes.append(f"Groups of fewer than {most} seeds are not named the best: {'; '.join(fewer)}.")
     if sum(len(group.jobs) for group in groups) < sum(job.summary is not None for job in jobs):
-        notes.append("Of jobs with the same settings and the same seed, the last stands for all in the means.")
+        notes.append("Of jobs with the same settings and the same seed, only the last counts in the means.")
     return notes
 
 

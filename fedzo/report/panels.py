@@ -183,7 +183,7 @@ def colour_scale(run: RunData, figure: Figure, grid: Sequence[Axes]) -> None:
         return
     bar = figure.colorbar(ScalarMappable(norm, SKEW), ax=grid, location="top", pad=0.02, shrink=0.6, aspect=50)
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: percent_text(share, digits=0)))
-    bar.set_label("rows with the client's commonest label", color=MUTED)
+    bar.set_label("share of the client's commonest label", color=MUTED)
     bar.outline.set_visible(False)
 
 

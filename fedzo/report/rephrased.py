@@ -65,7 +65,7 @@ def figures_table(rephraser: Rephraser, rows: Sequence[Row], outcomes: Sequence[
     found = SetFigures.of(accepted, task=prompts.task, column=prompts.column, label_of=label_of)
     told = [
         ["mean words", f"{found.words_before:.1f} before, {found.words_after:.1f} after"],
-        ["new words of one answer only", f"the right one {found.leaks_right}, a wrong one {found.leaks_wrong}"],
+        ["rewrites that leak an answer", f"the right one {found.leaks_right}, a wrong one {found.leaks_wrong}"],
     ]
     for label, overlap in found.overlap.items():
         share = f"{overlap.before:.2f} before, {overlap.after:.2f} after ({overlap.rows} rows)"

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.log_store import belongs
-from fedzo.records.decode import decode, parse_json
-from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, OVERRIDES, PUBLIC, open_file, read_file, told_as
+from fedzo.records.decode import decode
+from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, OVERRIDES, PUBLIC, read_file, told_as
 from fedzo.records.lines import LogLines
 from fedzo.records.log import decode_public
 from fedzo.records.metrics import (
@@ -39,7 +37,7 @@ from fedzo.records.metrics import (
 )
 
 _MOST_OPEN = 100  # brackets; those of a configuration are a few
-_REMEDY = "It was edited, or another version of fedzo wrote it. Restore it, or delete the line to report without it."
+_Told = tuple[Any, dict[str, Any]]  # a line's plain values, and what an error about them says
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +79,8 @@ class RunData:
     ``decision`` is the newest on who stops early, None where there was none; ``flagged_from`` has the round from which
     each client has been flagged.
 
-    ``rounds`` are without the signals of single steps, which would fill the memory: ``with_signals`` reads them where
-    ``places`` says that the line of each round begins.
+    ``rounds`` are without the signals of single steps, which would fill the memory: ``with_signals`` reads them from
+    ``lines``, in which ``places`` has the number of each round's line.
     """
 
     run_dir: Path
@@ -91,6 +89,7 @@ class RunData:
     environment: dict[str, Any]
     setup: Setup | None
     rounds: tuple[Round, ...]
+    lines: LogLines[_Told]
     places: dict[int, int]
     scored: tuple[Scored, ...]
     decision: StepDecision | None
@@ -158,16 +157,10 @@ class RunData:
 
     def with_signals(self, clients: Collection[int] | None = None) -> Iterator[tuple[Round, list[ClientRound]]]:
         """Each round, and what some clients (None: all) measured in it, with the signals of their steps."""
-        with _opened(self.run_dir / METRICS) as file:
-            for record in self.rounds:
-                file.seek(self.places[record.round])
-                where: dict[str, Any] = {
-                    "where": f"{self.run_dir / METRICS}, round {record.round}",
-                    "error": RunFolderError,
-                }
-                told = parse_json(file.readline(), **where)["clients"]
-                wanted = (each for each in told if clients is None or each["client"] in clients)
-                yield record, [decode(ClientRound, each, **where) for each in wanted]
+        for record in self.rounds:
+            value, where = self.lines[self.places[record.round]]
+            wanted = (each for each in value["clients"] if clients is None or each["client"] in clients)
+            yield record, [decode(ClientRound, each, **where) for each in wanted]
 
     def class_name(self, label: str | int) -> str:
         """The answer text of a label where the task names one, else the label itself."""
@@ -187,7 +180,8 @@ def load_run(run_dir: Path) -> RunData:
     Raises:
         RunFolderError: the folder is no run folder or a file in it is damaged.
     """
-    records, places, notes = _read_metrics(run_dir / METRICS)
+    lines, found, notes = _read_metrics(run_dir)
+    records = [*found.values()]
     if (run_dir / PUBLIC).exists():
         done = len(LogLines(run_dir, PUBLIC, decode_public))
         records = [record for record in records if belongs(record, done)]
@@ -207,7 +201,8 @@ def load_run(run_dir: Path) -> RunData:
         environment=environment,
         setup=setups[-1] if setups else None,
         rounds=tuple(rounds[index] for index in sorted(rounds)),
-        places=places,
+        lines=lines,
+        places={record.round: number for number, record in found.items() if isinstance(record, Round)},
         scored=_scored(records, config, best_round=ended.best_round if ended else None),
         decision=decisions[-1] if decisions else None,
         flagged_from={
@@ -256,45 +251,33 @@ def _scored(records: list[MetricRecord], config: dict[str, Any], *, best_round: 
     )
 
 
-def _read_metrics(path: Path) -> tuple[list[MetricRecord], dict[int, int], list[str]]:
-    """The records, where the last line of each round begins, and what was left out."""
-    records: list[MetricRecord] = []
-    places: dict[int, int] = {}
-    notes, end = [], 0
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            begin, end = end, end + len(line)
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                value = parse_json(line, where=where, error=RunFolderError, remedy=_REMEDY)
-            except RunFolderError:
-                if line.endswith(b"\n"):
-                    raise
-                # the writer was stopped inside this line
-                notes.append(f"The last line of {METRICS} is torn (the run was stopped in it) and left out.")
-                break
-            if isinstance(value, dict) and isinstance(value.get("kind"), str) and value["kind"] not in METRIC_KINDS:
-                continue  # of a later version
-            record = decode_metric(value, where=where, error=RunFolderError, remedy=_REMEDY)
-            if isinstance(record, Round):
-                places[record.round] = begin
-                light = (replace(client, signals=_unread(client.steps)) for client in record.clients)
-                record = replace(record, clients=tuple(light))
-            records.append(record)
+def _read_metrics(run_dir: Path) -> tuple[LogLines[_Told], dict[int, MetricRecord], list[str]]:
+    """The lines, the record of each by its number, and what was left out."""
+    path, remedy = run_dir / METRICS, "Give the folder that fedzo train printed."
+    with told_as(RunFolderError, f"{path}: a run folder must hold a readable {METRICS}", remedy):
+        size = path.stat().st_size  # before its lines are counted: a run may go on
+    lines = LogLines(run_dir, METRICS, _told)
+    records = {number: record for number, line in enumerate(lines) if (record := _light(*line)) is not None}
     if not records:
         raise RunFolderError(
             f"{path}: must hold at least one record, got none. The run stopped before it began; start it again."
         )
-    return records, places, notes
+    torn = f"The last line of {METRICS} is incomplete (interrupted write) and left out."
+    return lines, records, [torn] if size > lines.num_bytes else []
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    rule, remedy = f"{path}: a run folder must hold a readable {METRICS}", "Give the folder that fedzo train printed."
-    with told_as(RunFolderError, rule, remedy), os.fdopen(open_file(path.parent, path.name), "rb") as file:
-        yield file
+def _told(value: Any, **where: Any) -> _Told:
+    return value, where
+
+
+def _light(value: Any, where: dict[str, Any]) -> MetricRecord | None:
+    """A record without the signals of single steps; None for a kind of a later version."""
+    if isinstance(value, dict) and isinstance(value.get("kind"), str) and value["kind"] not in METRIC_KINDS:
+        return None
+    record = decode_metric(value, **where)
+    if not isinstance(record, Round):
+        return record
+    return replace(record, clients=tuple(replace(each, signals=_unread(each.steps)) for each in record.clients))
 
 
 @cache

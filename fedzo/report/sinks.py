@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedzo.records.metrics import CentralScore, FederatedScore, Flagged, MetricRecord, Round, Setup, Summary
 from fedzo.report.format import bytes_text, counted, score_text, seconds_text
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 
 PLAIN_EVERY_S = 10.0
 
@@ -80,8 +80,8 @@ class ProgressSink:
     def replay(self, rounds: int, *, start: int) -> AbstractContextManager[OnProgress]:
         """While a model at round ``start`` is brought to another: of all weights, a record takes seconds to minutes."""
         if rounds == start:
-            return nullcontext(lambda done, total: None)
-        title = f"going back to the model after {counted(rounds, 'round')}" if rounds < start else replaying(rounds)
+            return nullcontext(untold)
+        title = f"restoring the model after {counted(rounds, 'round')}" if rounds < start else replaying(rounds)
         return self.phase(title, rounds)
 
     def _setup(self, setup: Setup) -> None:
@@ -93,8 +93,8 @@ class ProgressSink:
         )
         if estimate := setup.estimate:
             self._console.print(
-                f"estimate: {bytes_text(estimate.memory_bytes)} of memory for a step, "
-                f"{seconds_text(estimate.seconds)} for the run's forwards in one process"
+                f"estimate: {bytes_text(estimate.memory_bytes)} of memory per step, "
+                f"{seconds_text(estimate.seconds)} for all forwards in one process"
             )
 
     def _round(self, record: Round) -> None:
@@ -111,7 +111,7 @@ class ProgressSink:
             pace = self._seconds_a_round()
             left = None if pace is None else pace * (self._rounds - done)
             what = "  (calibration)" if record.calibration else ""
-            self._console.print(f"round {done}/{self._rounds}{what}  {note}  left {seconds_text(left)}")
+            self._console.print(f"round {done}/{self._rounds}{what}  {note}  {seconds_text(left)} left")
             self._last_print = now
 
     def _seconds_a_round(self) -> float | None:
@@ -175,7 +175,7 @@ def _phase(
 ) -> Iterator[OnProgress]:
     if bars.disable:
         bars.console.print(f"{title} ...")
-        yield lambda done, total: None
+        yield untold
         return
     task = bars.add_task(title, total=total, note="")
     try:

@@ -68,7 +68,7 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
         title=title,
         subtitle=subtitle,
         headline=best_group(groups, by) if alike and ordered else "",
-        headline_note=f"Choose by the dev {by}: test rows that chose a setting no longer measure anything.",
+        headline_note=f"Choose settings by the dev {by}: a test score that chose a setting is biased.",
         notes=[
             *(f"{job.name}: {job.problem or job.state}" for job in jobs if job.state != "finished"),
             *_not_compared(by, alike=alike, ordered=ordered),
@@ -101,4 +101,4 @@ def _chances(jobs: Sequence[Job]) -> list[str]:
     counts = [len(job.run.first.dev) for job in jobs if job.run and job.summary and job.run.first.dev]
     if len(set(counts)) < 2:
         return []
-    return [f"The jobs chose their best round among {span(counts, 'dev score')}: more scores are more chances."]
+    return [f"Best rounds were chosen among {span(counts, 'dev score')}: jobs with more scores are favoured."]

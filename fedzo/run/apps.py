@@ -49,9 +49,11 @@ def make_client_app() -> ClientApp:
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
         with _asked(Hello, message) as request:
+            from fedzo.run.process import leave_other, read_anew  # slow to import
+
             try:
                 if not request.begun:
-                    _leave_other(context)
+                    leave_other(context.run_id)
                 answer = _worker(context).hello(request)
             except (ConfigError, SiteError) as error:  # of its limits, its model, its files
                 if is_out_of_memory(error):
@@ -60,7 +62,7 @@ def make_client_app() -> ClientApp:
                 refusal = error.refusal if isinstance(error, SiteError) else Refusal.site
                 answer = HelloReply(config_hash=request.config_hash, refusal=refusal)
             if answer.refusal is not Refusal.none and not request.begun:
-                _read_anew()  # what was refused may be mended before it is asked again
+                read_anew()  # what was refused may be mended before it is asked again
             return _reply(message, answer)
 
     @app.query("artifact")
@@ -132,18 +134,6 @@ def _worker(context: Context) -> Any:
     artifacts = Path(run_dir) / ARTIFACTS if run_dir else None
     run_json = _setting(context, CONFIG_KEY, CONFIG_ENV)
     return this_process(run_json, flower_run=context.run_id, artifacts=artifacts).client.worker
-
-
-def _leave_other(context: Context) -> None:
-    from fedzo.run.process import leave_other
-
-    leave_other(context.run_id)
-
-
-def _read_anew() -> None:
-    from fedzo.run.process import read_anew
-
-    read_anew()
 
 
 def _reply(message: Message, answer: object) -> Message:

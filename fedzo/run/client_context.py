@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedzo.data.files import Row
-from fedzo.data.kept_digests import KeptDigests
 from fedzo.data.preprocess import Progress, StageContext
-from fedzo.data.rows import ClientRows, OwnRows, RowSource, client_rows
+from fedzo.data.rows import OwnRows, client_rows
 from fedzo.data.tasks import num_labels
 from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.client.vector_update import VectorUpdate
-from fedzo.fl.client.worker import ClientData, ClientWorker, parse_absent
-from fedzo.fl.config import Aggregation, Transport, directions_of
+from fedzo.fl.client.worker import ClientData, ClientWorker
+from fedzo.fl.config import Transport
 from fedzo.fl.limits import Limits
 from fedzo.fl.site_limits import check_rows
 from fedzo.run.peer import Peer
@@ -25,105 +25,77 @@ from fedzo.run.preparation import Preparations
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 from fedzo.zo.estimator import ZerothOrderConfig, build_estimator, build_gradient_estimator
 
+if TYPE_CHECKING:
+    from fedzo.run.process import Process
+
+STAGE_FOLDER = "rephrase"
+"""Where stages keep what they made, unless ``rewriter.store`` says otherwise: a folder beside a site's file, or in the
+folder where a simulation is started."""
+
 
 @dataclass
 class ClientContext:
-    """The clients that one process plays.
+    """The clients that a process plays."""
 
-    Attributes:
-        peer: The model and the space.
-        source: Where the clients' rows come from.
-        artifacts: Where what the space needs beside the model is found, or kept when it comes.
-        kept: What the site remembers of its rows.
-        stage_folder: Where the site keeps what stages made of them.
-        to_the_end: Whether a greeting waits until a client's rows are prepared.
-    """
-
-    peer: Peer
-    source: RowSource
-    artifacts: ArtifactStore
-    kept: KeptDigests
-    stage_folder: Path
-    to_the_end: bool = False
+    process: Process
     _registered: set[int] = field(default_factory=set)
     _prepared_digests: dict[int, str] = field(default_factory=dict)
     _data: dict[int, ClientData] = field(default_factory=dict)
     _first_rows: list[Row] = field(default_factory=list)
-    _index: int | None = None
+
+    @property
+    def peer(self) -> Peer:
+        """The model and the space."""
+        return self.process.peer
+
+    @cached_property
+    def artifacts(self) -> ArtifactStore:
+        """Where what the space needs beside the model is found, or kept when it comes."""
+        return ArtifactStore(self.process.artifacts)
 
     @cached_property
     def worker(self) -> ClientWorker:
         """Answers for the clients."""
-        config = self.peer.config
+        peer, run = self.peer, self.peer.config
+        limits = Limits(
+            run=run,
+            site=peer.site,
+            # of actors, another one may have asked for them
+            takes_values=run.fl.transport is Transport.values or run.estimator.sends_vectors or self.process.to_the_end,
+            kept=self.process.kept if self._is_one_client else None,
+            run_id=peer.run_id,
+        )
         return ClientWorker(
-            self.peer.identity,
+            peer.identity,
             self._local_update(),
             self,
-            limits=self._limits(),
-            task=config.task,
-            evaluators=self.peer.evaluators,
-            scored_rows=config.evaluation.federated_max_rows,
+            limits=limits,
+            evaluators=peer.evaluators,
             artifacts=self.artifacts,
-            absent=parse_absent(config.faults.absent),
-        )
-
-    def _limits(self) -> Limits:
-        config, estimator = self.peer.config, self.peer.config.estimator
-        return Limits(
-            rounds=config.fl.rounds,
-            most_steps=config.step_policy.most_steps(config.fl),
-            num_clients=config.fl.num_clients,
-            num_probes=estimator.probes_per_step,
-            directions=directions_of(config.fl),
-            lr=config.server_optimizer.base_lr,
-            max_abs_g=config.strategy.scalar_bound,
-            artifact=config.artifact,
-            step_rows=config.fl.batch_size,
-            site=self.peer.site.limits,
-            artifact_max_bytes=self.peer.site.artifact_max_bytes,
-            # of actors, another one may have asked for them
-            takes_values=config.fl.transport is Transport.values or estimator.sends_vectors or self.to_the_end,
-            own_client=self._own_client if self._is_one_client else None,
-            own_client_file=str(self.kept.claim_file(self.peer.run_id)),
         )
 
     @property
     def _is_one_client(self) -> bool:
         """Whether its rows are one client's: a site with one set of its own."""
-        one_set = isinstance(self.source, OwnRows) and self.source.is_one_set
-        return one_set and not self.peer.site.limits.several_clients
-
-    def _own_client(self, client: int) -> int:
-        """The first index that the server gave this site in the run; this one, if it is the first."""
-        if self._index is None:
-            self._index = self.kept.claim(client, run=self.peer.run_id)
-        return self._index
+        source = self.process.source
+        return isinstance(source, OwnRows) and source.is_one_set and not self.peer.site.limits.several_clients
 
     def _local_update(self) -> LocalUpdate:
         config, estimator = self.peer.config, self.peer.config.estimator
         batches = Batches(config.seed, config.fl.batch_size, lambda client: self.data(client).train)
         if not isinstance(estimator, ZerothOrderConfig):
             return VectorUpdate(batches, config.task, build_gradient_estimator(estimator))
-        return ScalarUpdate(
-            batches=batches,
-            task=config.task,
-            fl=config.fl,
-            estimator=build_estimator(estimator),
-            num_probes=estimator.num_probes,
-            max_abs_g=config.strategy.scalar_bound,
-            signs=config.strategy.aggregation is Aggregation.majority_sign,
-        )
+        return ScalarUpdate(config, batches, build_estimator(estimator))
 
     def data(self, client: int) -> ClientData:
         """A client's rows as token ids; read once."""
         if client not in self._data:
-            prepared = self.preparations.rows(client)
-            train, heldout = self.peer.encode(prepared.rows.train), self.peer.encode(prepared.rows.heldout)
-            config = self.peer.config
-            counts = prepared.rows.label_counts(config.task) if config.fl.label_counts else {}
+            config, rows = self.peer.config, self.preparations.rows(client)
+            train, heldout = self.peer.encode(rows.train), self.peer.encode(rows.heldout)
+            counts = rows.label_counts(config.task) if config.fl.label_counts else {}
             if not self._data:
-                self._first_rows = prepared.rows.train[: config.fl.batch_size]
-            self._data[client] = ClientData(train, heldout, counts, prepared.figures)
+                self._first_rows = rows.train[: config.fl.batch_size]
+            self._data[client] = ClientData(train, heldout, counts, rows.figures)
         return self._data[client]
 
     def forget_rows(self) -> None:
@@ -134,16 +106,13 @@ class ClientContext:
         if "preparations" in vars(self):
             self.preparations.forget()
 
-    def rows(self, client: int) -> ClientRows:
-        """A client's rows, its held-out ones apart, its training rows through all stages."""
-        return self.preparations.rows(client).rows
-
     @cached_property
     def preparations(self) -> Preparations:
         """What brings the clients' rows through the stages."""
-        config = self.peer.config
-        context = StageContext(config.task, self.peer.site.rewriter, self.stage_folder)
-        return Preparations(config, self.source, context, to_the_end=self.to_the_end)
+        config, rewriter, process = self.peer.config, self.peer.site.rewriter, self.process
+        folder = Path(rewriter.store) if rewriter.store else process.site_folder / STAGE_FOLDER
+        context = StageContext(config.task, rewriter, folder)
+        return Preparations(config, process.source, context, to_the_end=process.to_the_end)
 
     def stop(self) -> None:
         """Let stages that work on clients' rows end."""
@@ -165,7 +134,7 @@ class ClientContext:
     def _check_rows(self, client: int) -> None:
         """Refuse a client whose rows are too few for the site (``SiteError``), before stages work on them."""
         config = self.peer.config
-        rows = client_rows(self.source, client, share=config.partition.holdout, seed=config.seed)
+        rows = client_rows(self.process.source, client, share=config.partition.holdout, seed=config.seed)
         check_rows(
             self.peer.site.limits,
             num_train=len(rows.train),
@@ -184,9 +153,9 @@ class ClientContext:
         return None
 
     def _rows_digest(self, client: int, begun: bool, *, stages: Sequence[str] = ()) -> str:
-        rows = self.rows(client).train if stages else self.source.rows_for(client)
+        rows = self.preparations.rows(client).train if stages else self.process.source.rows_for(client)
         run, whose = self.peer.run_id, f"client {client}"
-        digest = self.kept.register(rows, whose=whose, run=run, begun=begun, stages=stages)
+        digest = self.process.kept.register(rows, whose=whose, run=run, begun=begun, stages=stages)
         self._registered.add(client)
         return digest
 

@@ -56,8 +56,8 @@ def fitting_tokens_per_batch(
         host = max(0, host - _copied_on_write(space, host))
     if kept > host:
         raise ConfigError(
-            f"server_optimizer: it must fit in memory, but remembers {num_moments} float32 numbers for each of the "
-            f"{space.size:,} trained ones ({kept / 2**20:.0f} MiB), available are {host / 2**20:.0f} MiB. Use "
+            f"server_optimizer: its state must fit in memory, but has {num_moments} float32 numbers for each of "
+            f"{space.size:,} trained values ({kept / 2**20:.0f} MiB), and {host / 2**20:.0f} MiB are free. Use "
             "server_optimizer=sgd, train fewer values or, with scaffold and feddyn, have fewer clients."
         )
     available = available_memory_bytes(loaded.device) if loaded.device.type == "cuda" else host - kept
@@ -71,8 +71,8 @@ def fitting_tokens_per_batch(
     )
     if fitting < wanted:
         log.warning(
-            "model.tokens_per_batch: %d do not fit in the %.0f MiB that are free, so %d are taken. Losses depend on it "
-            "in their last bits; set it to that number for runs that are to be repeated.",
+            "model.tokens_per_batch: %d do not fit in the %.0f MiB that are free, so %d are used. This changes the "
+            "last bits of losses: set the key to that number to make runs repeatable.",
             wanted,
             available / 2**20,
             fitting,
@@ -97,8 +97,8 @@ def warn_of_copies(config: ModelConfig, *, device: str, num_copies: int, are_wri
     own = held.total if are_written or where.type != "cpu" else held.copied
     if (needed := num_copies * own + held.total - own) > free:
         log.warning(
-            "runtime=local: the server and each client hold a model of their own, %d in all, which take %s, and %s are "
-            "free. Write runtime=inline, where all share one, or fewer fl.num_clients",
+            "runtime=local: the server and each client load a model of their own, %d in all, which take %s, but %s are "
+            "free. Write runtime=inline, where all share one, or lower fl.num_clients",
             num_copies,
             bytes_text(needed),
             bytes_text(free),

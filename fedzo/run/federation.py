@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import first_evaluator
+from fedzo.config.schema import RunConfig, first_evaluator
 from fedzo.config.travel import to_json
 from fedzo.data.config import TaskKind
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError
-from fedzo.fl.config import StrategyConfig
 from fedzo.fl.log_store import RunStore, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
@@ -29,7 +28,6 @@ from fedzo.fl.server.vector_updates import VectorUpdates
 from fedzo.models.memory import gradient_bytes, num_weights
 from fedzo.records.folder import REPORT, STOP
 from fedzo.records.metrics import (
-    ClientSetup,
     Estimate,
     FederatedScore,
     Flagged,
@@ -80,7 +78,7 @@ def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
         )
     with ExitStack() as stack:
         Federation(grid, process, launched, launched.store, stack).run()
-    if launched.report.html or (run_dir / REPORT).exists():  # `fedzo report` has made one, which would be stale
+    if launched.config.report.html or (run_dir / REPORT).exists():  # `fedzo report` has made one, which would be stale
         from fedzo.report.html import write_report
 
         write_report(run_dir)
@@ -105,7 +103,7 @@ class Federation:
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
             evaluator=first_evaluator(config),
             payload="vectors" if config.estimator.sends_vectors else "scalars",
-            enabled=launched.report.progress,
+            enabled=launched.config.report.progress,
         )
         sinks: list[Sink] = [self._progress, *self._trackers()]
         self._sinks = Sinks([store, *sinks])
@@ -122,10 +120,10 @@ class Federation:
             server.client_registry.recall(setup.clients)
         self._context.check_rows(begun=setup is not None)
         # where one process plays all clients, one that is missing was lost on this very machine
-        fewest = config.strategy.min_replies if setup and not self._launched.takes_turns else None
+        fewest = config.strategy.min_replies if setup and not self._launched.runtime.takes_turns else None
         waits = math.inf if self._to_the_end and config.preprocess else config.strategy.startup_s
         # sites outlive a start, and may still work on a round that the one before has lost
-        busy_s = config.strategy.deadline_s if self._launched.has_sites else 0.0
+        busy_s = config.strategy.deadline_s if self._launched.runtime.has_sites else 0.0
         server.client_registry.wait(
             server.grid, timeout_s=waits, fewest=fewest, busy_s=busy_s, beside=self._while_waiting
         )
@@ -174,13 +172,11 @@ class Federation:
                 settings=json.loads(to_json(self._config)),
                 told=self._store.metrics,
             )
-            for name, config in self._launched.trackers.items()
+            for name, config in self._launched.config.trackers.items()
         ]
 
     def _make_server(self, grid: Any) -> Server:
         config, context, artifact = self._config, self._context, self._launched.prepared.artifact
-        if self._at.replica.position:
-            self._at.replica.reset()
         return Server(
             grid=grid,
             client_registry=ClientRegistry(
@@ -192,44 +188,32 @@ class Federation:
             replica=self._at.replica,
             store=self._store,
             artifact=artifact,
-            run_seed=config.seed,
-            fl=config.fl,
-            strategy=self._strategy(),
-            server_optimizer=config.server_optimizer,
+            config=self._server_config(),
             updates=self._updates(),
             step_policy=context.step_policy,
-            most_steps=config.step_policy.most_steps(config.fl),
             label_counts=context.label_counts,
             sink=self._sinks,
             elapsed=self._elapsed,
-            shuffle_replies=config.faults.shuffle_replies,
             beside=self._show_presence,
             while_waiting=self._while_waiting,
         )
 
-    def _strategy(self) -> StrategyConfig:
+    def _server_config(self) -> RunConfig:
         """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
-        strategy = self._config.strategy
-        return replace(strategy, deadline_s=math.inf) if self._launched.takes_turns else strategy
+        config = self._config
+        endless = replace(config.strategy, deadline_s=math.inf)
+        return replace(config, strategy=endless) if self._launched.runtime.takes_turns else config
 
     def _updates(self) -> Updates[Any]:
-        config, estimator, replica = self._config, self._config.estimator, self._at.replica
-        if estimator.sends_vectors:
-            return VectorUpdates(replica.space.size, config.strategy, normalise=config.step_policy.normalises)
-        return ScalarUpdates(
-            replica=replica,
-            run_seed=config.seed,
-            fl=config.fl,
-            strategy=config.strategy,
-            num_probes=estimator.probes_per_step,
-            normalise=config.step_policy.normalises,
-            gradient=self._launched.prepared.gradient,
-        )
+        config, replica = self._config, self._at.replica
+        if config.estimator.sends_vectors:
+            return VectorUpdates(replica.space.size, config)
+        return ScalarUpdates(replica, config, self._launched.prepared.gradient)
 
     def _write_setup(self) -> None:
         if self._setup():
             return
-        server, cut_rows = self._server, self._cut_rows()
+        server, cut_rows, counts = self._server, self._cut_rows(), self._server.known_label_counts
         if text := cut_text(cut_rows, self._config.task.max_length):
             log.warning("%s", text)
         self._sinks.write(
@@ -244,15 +228,8 @@ class Federation:
                 forwards=self._at.forwards,
                 estimate=self._estimate(),
                 clients=tuple(
-                    ClientSetup(
-                        client=client,
-                        num_train=hello.num_train,
-                        num_heldout=hello.num_heldout,
-                        rows_digest=hello.rows_digest,
-                        label_counts=dict(server.known_label_counts[client]),
-                        stages=dict(server.client_registry.figures.get(client, {})),
-                    )
-                    for client, hello in sorted(server.client_registry.hellos.items())
+                    replace(row, label_counts=dict(counts[client]))
+                    for client, row in sorted(server.client_registry.clients.items())
                 ),
                 cut_rows=cut_rows,
             )
@@ -304,7 +281,7 @@ class Federation:
 
     def _show_presence(self, *, at_once: bool = False) -> None:
         """For ``fedzo status``, where clients come and go."""
-        if not self._launched.takes_turns:
+        if not self._launched.runtime.takes_turns:
             self._presence.write(self._server.presence, at_once=at_once)
 
     # --- end

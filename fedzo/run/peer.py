@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
@@ -14,8 +14,9 @@ from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile, wi
 from fedzo.config.traits import format_problems
 from fedzo.config.travel import config_hash
 from fedzo.data.config import TaskKind
-from fedzo.data.encode import Example, encode, task_digest
+from fedzo.data.encode import Example, encode, row_name, task_digest
 from fedzo.data.files import Row
+from fedzo.data.tasks import render
 from fedzo.errors import ConfigError
 from fedzo.evaluate import EVALUATORS, Evaluator
 from fedzo.fl.client.local_update import Workspace
@@ -26,7 +27,7 @@ from fedzo.models.captured import can_capture, capture
 from fedzo.models.checks import check_ids
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.fidelity import NUM_DIRECTIONS, Trial, choose_dtype, coarseness_warning, try_out
-from fedzo.models.forwards import lower_layers_of
+from fedzo.models.forwards import Planning, lower_layers_of
 from fedzo.models.kept_rows import RowStates
 from fedzo.models.load import load_model, resolve_device
 from fedzo.models.loaded import LoadedModel
@@ -34,7 +35,7 @@ from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.memory import state_bytes, weights_bytes
 from fedzo.models.plan import forward_cost
 from fedzo.models.products import RoundedProducts, choose_product, rounded_products, use_products
-from fedzo.models.scoring import mean_loss
+from fedzo.models.scoring import example_losses
 from fedzo.models.virtual_tokens import check_answer_length, longest_sequence
 from fedzo.registry import returned
 from fedzo.run.estimate import fitting_tokens_per_batch, head_share
@@ -73,7 +74,7 @@ class Peer:
     built: Built | None = None
     undecided: bool = field(init=False)
     products: RoundedProducts | None = None
-    _workspace: tuple[str, Workspace] | None = None
+    _workspace: Workspace | None = None
 
     def __post_init__(self) -> None:
         self.undecided = self.site.model.dtype is DType.auto
@@ -115,9 +116,10 @@ class Peer:
     def encode(self, rows: list[Row]) -> list[Example]:
         """Rows as token ids."""
         examples = self._tokenized(rows)
-        for number, example in enumerate(examples):
+        for number, (row, example) in enumerate(zip(rows, examples, strict=True)):
+            where = row_name(number, render(row, self.config.task).prompt)
             for ids in (example.prompt, example.generation_prompt, *example.candidates):
-                check_ids(self.loaded.model, ids, where=f"row {number}")
+                check_ids(self.loaded.model, ids, where=where)
         return examples
 
     def _tokenized(self, rows: list[Row]) -> list[Example]:
@@ -125,23 +127,23 @@ class Peer:
         return encode(rows, task, tokenizer=self.loaded.tokenizer, max_length=task.max_length)
 
     def workspace(self, artifact: Artifact, *, trial_rows: TrialRows | None = None) -> Workspace:
-        """The model with the space that an artifact describes; made once, also where server and clients ask for it.
+        """The model with the space that the run's artifact describes; made once, for server and clients alike.
+
+        A run has one artifact, which whoever calls has compared with ``config.artifact``.
 
         Args:
             artifact: What the trainer prepared at the server.
             trial_rows: What ``model.dtype=auto`` is decided on, and whose answers tell what the LM head takes; without
                 any the model stays in float32.
         """
-        if self._workspace is None or self._workspace[0] != artifact.digest:
-            if self._workspace is not None:
-                self._workspace[1].replica.reset()  # another space starts from the base weights, too
-            self._workspace = artifact.digest, self._make_workspace(artifact, trial_rows)
-        return self._workspace[1]
+        if self._workspace is None:
+            self._workspace = self._make_workspace(artifact, trial_rows)
+        return self._workspace
 
     def reset(self) -> None:
         """Give the model its base weights back, and take what the trainer added to it out of it."""
         if self._workspace is not None:
-            self._workspace[1].replica.reset()
+            self._workspace.replica.reset()
         from fedzo.models.adapters import remove  # slow to import
 
         remove(self.loaded.model)
@@ -216,19 +218,15 @@ class Peer:
         second, rounded = self._in_bfloat16(artifact, wide.space), rounded_products(self.loaded.device)
         if second is None and rounded is None:
             return wide
-        config, estimator, examples = self.config, build_estimator(settings), self.encode(rows)
-        keys = [stream_key(config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
+        task, estimator, examples = self.config.task, build_estimator(settings), self.encode(rows)
+        keys = [stream_key(self.config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
+        planning = Planning(self.site.model.tokens_per_batch)
 
         def trial(loaded: LoadedModel, built: Built) -> Trial:
-            tokens = self.site.model.tokens_per_batch
-            loss_fn = partial(
-                mean_loss,
-                loaded,
-                examples,
-                loss=config.task.loss,
-                tokens_per_batch=tokens,
-                common_shift=config.task.common_shift,
-            )
+            def loss_fn() -> float:
+                losses = example_losses(loaded, examples, planning, loss=task.loss, common_shift=task.common_shift)
+                return float(losses.mean())
+
             return try_out(built.space, estimator, loss_fn, keys)
 
         float32 = trial(self.loaded, wide)

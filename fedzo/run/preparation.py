@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 
 from fedzo.config.schema import RunConfig
-from fedzo.data.preprocess import STAGES, Progress, Stage, StageContext, summaries
+from fedzo.data.preprocess import STAGES, Progress, Stage, StageContext
 from fedzo.data.rows import ClientRows, RowSource, client_rows
-from fedzo.errors import FedzoError
-from fedzo.system import OnProgress
+from fedzo.errors import FedzoError, PluginError
+from fedzo.system import OnProgress, untold
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 2.0
@@ -28,55 +29,38 @@ class StoppedError(FedzoError):
     """Nobody needs these rows any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedRows:
-    """A client's rows after all stages, and what these tell of them."""
+class Preparation(Future[ClientRows]):
+    """One client's rows on their way, in a thread that does not outlive the process, as an executor's would.
 
-    rows: ClientRows
-    figures: Mapping[str, float]
-
-
-class Preparation:
-    """One client's rows, in a thread that does not outlive the process.
+    Attributes:
+        progress: How far they are.
 
     Args:
         work: Makes them; it is given what takes its progress.
     """
 
-    def __init__(self, work: Callable[[OnProgress], PreparedRows]) -> None:
-        self._work = work
-        self._progress = Progress(0, 1)
-        self._made: PreparedRows | Exception | None = None
+    def __init__(self, work: Callable[[OnProgress], ClientRows]) -> None:
+        super().__init__()
+        self.progress = Progress(0, 1)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="preparation", daemon=True)
-        self._thread.start()
-
-    def wait(self, timeout_s: float) -> Progress | None:
-        """How far it is, after so many seconds at most; None where it has ended."""
-        self._thread.join(timeout_s)
-        return self._progress if self._thread.is_alive() else None
-
-    def result(self) -> PreparedRows:
-        """What it made, once it has ended; raises what made it fail."""
-        if isinstance(self._made, Exception):
-            raise self._made
-        assert self._made is not None
-        return self._made
+        threading.Thread(target=self._run, args=(work,), name="preparation", daemon=True).start()
 
     def stop(self) -> None:
         """End it when it next tells of its progress."""
         self._stopped.set()
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[OnProgress], ClientRows]) -> None:
         try:
-            self._made = self._work(self._advanced)
+            self.set_result(work(self._advanced))
         except Exception as error:  # told to whoever asks for the result
-            self._made = error
+            self.set_exception(error)
+        except BaseException as error:  # such as SystemExit, which would end whoever asks
+            self.set_exception(PluginError(f"a preprocess stage must return or raise, got {error!r}"))
 
     def _advanced(self, done: int, total: int) -> None:
         if self._stopped.is_set():
             raise StoppedError("the preparation was stopped")
-        self._progress = Progress(done, max(total, 1))
+        self.progress = Progress(done, max(total, 1))
 
 
 @dataclass
@@ -94,7 +78,7 @@ class Preparations:
     source: RowSource
     context: StageContext
     to_the_end: bool = False
-    _ready: dict[int, PreparedRows] = field(default_factory=dict)
+    _ready: dict[int, ClientRows] = field(default_factory=dict)
     _jobs: dict[int, Preparation] = field(default_factory=dict)
     _stages: dict[str, Stage] | None = None
     _turn: threading.Lock = field(default_factory=threading.Lock)
@@ -116,20 +100,21 @@ class Preparations:
         begins = client not in self._jobs
         if begins:
             self._jobs[client] = Preparation(partial(self._prepare, client))
-        if progress := self._jobs[client].wait(PATIENCE_S if begins else 0.0):
-            return progress
+        job = self._jobs[client]
+        wait([job], PATIENCE_S if begins else 0.0)  # a timeout of ``result`` looks like a stage's own
+        if not job.done():
+            return job.progress
         self._ready[client] = self._jobs.pop(client).result()
         return None
 
-    def rows(self, client: int) -> PreparedRows:
+    def rows(self, client: int) -> ClientRows:
         """A client's rows when they are ready, however long that takes."""
         if client not in self._ready and (job := self._jobs.get(client)):
-            while job.wait(1.0):
-                pass
+            wait([job])
             self.look(client)
         if client in self._ready:
             return self._ready[client]
-        made = self._prepare(client, lambda done, total: None)
+        made = self._prepare(client, untold)
         if self.config.preprocess:  # else they are read again as fast
             self._ready[client] = made
         return made
@@ -143,7 +128,7 @@ class Preparations:
         for job in self._jobs.values():
             job.stop()
 
-    def _prepare(self, client: int, on_progress: OnProgress) -> PreparedRows:
+    def _prepare(self, client: int, on_progress: OnProgress) -> ClientRows:
         next_line = time.monotonic() + TELL_S
 
         def advanced(done: int, total: int) -> None:
@@ -158,7 +143,7 @@ class Preparations:
             if self._stages is None:
                 chosen = self.config.preprocess
                 self._stages = {name: STAGES.build(stage, context=self.context) for name, stage in chosen.items()}
-            rows = client_rows(
+            return client_rows(
                 self.source,
                 client,
                 share=self.config.partition.holdout,
@@ -166,4 +151,3 @@ class Preparations:
                 stages=self._stages,
                 on_progress=advanced,
             )
-            return PreparedRows(rows, summaries(self._stages, client=client))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,18 +19,14 @@ from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.errors import ConfigError
 from fedzo.fl.client.worker import part
 from fedzo.fl.messages import Refusal
-from fedzo.fl.site_limits import SiteError, check_base, check_run, check_work
+from fedzo.fl.site_limits import SiteError, check_base, check_run
 from fedzo.models.loaded import LoadedModel
 from fedzo.run.client_context import ClientContext
-from fedzo.run.peer import Peer, TrialRows, check_format, open_model
+from fedzo.run.peer import Peer, check_format, open_model
 from fedzo.run.server_context import Launched, ServerContext
 from fedzo.run.site_model import SiteModel
 from fedzo.system import SITE_ARTIFACTS_ENV, SITE_ENV, SITE_LOG_ENV
-from fedzo.trainers.artifacts import ArtifactStore
-
-STAGE_FOLDER = "rephrase"
-"""Where stages keep what they made, unless ``rewriter.store`` says otherwise: a folder beside a site's file, or in the
-folder where a simulation is started."""
+from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
 
 
 @dataclass
@@ -43,74 +36,46 @@ class Process:
     Attributes:
         peer: The model.
         source: Where rows of clients come from.
-        artifacts: Folder of artifacts that clients have or receive; None for one that goes when the run is let go.
+        site_folder: Where this machine keeps what it must remember of a run.
+        artifacts: Folder of artifacts that clients have or receive.
         launched: What this process knows of a run that it launched.
         to_the_end: Whether greetings of clients wait until the clients' rows are prepared.
-        site_folder: Where this machine keeps what it must remember of a run.
     """
 
     peer: Peer
     source: RowSource
-    artifacts: Path | None = None
+    site_folder: Path
+    artifacts: Path
     launched: Launched | None = None
     to_the_end: bool = False
-    site_folder: Path | None = None
 
-    @cached_property
+    @property
     def kept(self) -> KeptDigests:
         """What this site remembers of its rows."""
-        return KeptDigests((self.site_folder or self._temporary("rows")) / KEPT_ROWS)
+        return KeptDigests(self.site_folder / KEPT_ROWS)
 
     @cached_property
     def client(self) -> ClientContext:
         """For the clients of this process."""
-        artifacts, store = self.artifacts or self._temporary("artifacts"), self.peer.site.rewriter.store
-        return ClientContext(
-            self.peer,
-            self.source,
-            ArtifactStore(artifacts),
-            self.kept,
-            stage_folder=Path(store) if store else (self.site_folder or self._temporary("stages")) / STAGE_FOLDER,
-            to_the_end=self.to_the_end,
-        )
+        return ClientContext(self)
 
     @cached_property
     def server(self) -> ServerContext:
         """For the server, if this process plays it."""
-        simulation = self.source if isinstance(self.source, SimulatedRows) else None
-        return ServerContext(
-            self.peer,
-            simulation=simulation,
-            trial_rows=self._trial_rows(),
-            kept=self.kept,
-        )
-
-    def _trial_rows(self) -> TrialRows | None:
-        """Some rows of a simulation, or of the first client where server and clients share one model."""
-        source, size = self.source, self.peer.config.fl.batch_size
-        if isinstance(source, SimulatedRows):
-            return lambda: source.splits.train[:size]
-        shares = self.launched is not None and self.launched.takes_turns
-        return (lambda: source.rows_for(0)[:size]) if shares and self.peer.undecided else None
+        return ServerContext(self)
 
     def stop(self) -> None:
         """Let what works for its clients in the background end."""
         if "client" in vars(self):
             self.client.stop()
 
-    def _temporary(self, what: str) -> Path:
-        """A folder that goes when the run is let go, or with the process."""
-        folder = Path(tempfile.mkdtemp(prefix=f"fedzo-{what}-"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return folder
-
 
 def open_process(
     run: RunConfig,
     site: SiteFile,
     *,
-    artifacts: Path | None = None,
-    site_folder: Path | None = None,
+    site_folder: Path,
+    artifacts: Path,
     plays_clients: bool = False,
     to_the_end: bool = False,
     load: Callable[[SiteConfig, int], LoadedModel] = open_model,
@@ -120,26 +85,17 @@ def open_process(
     Args:
         run: What the peers of the run agree on.
         site: This machine's own.
-        artifacts: Folder of artifacts that clients have or receive; None for one that goes when the run is let go.
-        site_folder: Where this machine keeps what it must remember of a run.
+        site_folder: As of ``Process``.
+        artifacts: As of ``Process``.
         plays_clients: Whether it needs rows.
-        to_the_end: Whether greetings of clients wait until the clients' rows are prepared.
+        to_the_end: As of ``Process``.
         load: Gives the site's model, for texts of at most so many tokens.
 
     Raises:
         SiteError: The site's limits rule the run out.
         ConfigError: The site cannot take part in this run, or its model cannot be loaded.
     """
-    check_run(
-        site.limits,
-        task=run.task.name,
-        trainer=plugin_name("trainer", run.trainer),
-        stages=run.preprocess,
-        base_digest=run.base.weights_digest,
-        label_counts=run.fl.label_counts,
-        num_probes=run.estimator.probes_per_step,
-    )
-    check_work(site.limits, steps=run.step_policy.most_steps(run.fl), step_rows=run.fl.batch_size)
+    check_run(site.limits, run, trainer=plugin_name("trainer", run.trainer))
     if plays_clients and (lacks := [problem.text for problem in stage_problems(site, run)]):
         raise SiteError(Refusal.stage, "; ".join(lacks))
     rows = rows_problems(site, run) if plays_clients else ()
@@ -148,8 +104,7 @@ def open_process(
     loaded = load(site, run.task.max_length)
     check_base(site.limits, loaded.base_digest, whose=f"the model {site.model.name}")
     check_format(run, loaded)
-    source = row_source(run, site)
-    return Process(Peer(run, site, loaded), source, artifacts, site_folder=site_folder, to_the_end=to_the_end)
+    return Process(Peer(run, site, loaded), row_source(run, site), site_folder, artifacts, to_the_end=to_the_end)
 
 
 def row_source(run: RunSettings, site: SiteConfig) -> RowSource:
@@ -197,7 +152,7 @@ def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Pat
     Args:
         run_json: What the peers of the run agree on.
         flower_run: Flower's number of the run (``leave_other``).
-        artifacts: As of ``open_process``; None for the site's own, whose folder is in ``FEDZO_SITE_ARTIFACTS``, if any.
+        artifacts: As of ``Process``; None for the site's own: in ``FEDZO_SITE_ARTIFACTS``, or else beside its file.
     """
     global _open
     if _open is None or _open.run_json != run_json:
@@ -205,19 +160,19 @@ def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Pat
         _write_site_log()
         file = Path(_site_file())
         run, site = from_json(run_json, RunConfig), load_site(file)
-        own = Path(folder) if (folder := os.environ.get(SITE_ARTIFACTS_ENV)) else None
+        own = os.environ.get(SITE_ARTIFACTS_ENV)
         process = open_process(
             run,
             site,
-            artifacts=artifacts or own,
             site_folder=file.parent,
+            artifacts=artifacts or Path(own or file.parent / ARTIFACTS),
             plays_clients=True,
             to_the_end=artifacts is not None,  # an actor: the client's next greeting may reach another one
             load=_model.open,
         )
-        if own is not None:
+        if own:
             with contextlib.suppress(OSError):  # what is of no use any more may stay
-                ArtifactStore(own).keep_only(run.artifact)
+                ArtifactStore(Path(own)).keep_only(run.artifact)
         _model.lend()
         _open = _Open(run_json, process)
     if _open.process.launched is None:

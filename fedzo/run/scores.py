@@ -123,9 +123,9 @@ class Scores:
             return
         most, answers = peer.config.evaluation.federated_max_rows, server.federated_scores()
         scored: dict[str, dict[int, PartialScore]] = {name: {} for name in peer.evaluators}
-        hellos = server.client_registry.hellos
+        clients = server.client_registry.clients
         for client, reply in sorted(answers.replies.items()):
-            held = min(most, hellos[client].num_heldout)
+            held = min(most, clients[client].num_heldout)
             try:
                 scores = scores_of_peer(reply.scores, peer.evaluators, peer.config.task, most_examples=held)
             except ProtocolError as error:  # a bad reply never ends a run

@@ -1,7 +1,7 @@
 """What the server of a run needs: the peer's model, and dev and test rows if it has any; it reads no training row.
 
 In a simulation the server's machine holds all rows. What only a simulation can know (who has which labels, training
-prompts, a run's cost) is asked of ``simulation``; a real federation has none. ``trial_rows`` come from elsewhere.
+prompts, a run's cost) is asked of ``simulation``; a real federation has none. ``trial_rows`` may be a client's.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from fedzo.data.encode import Example
-from fedzo.data.kept_digests import KeptDigests
 from fedzo.data.rows import SimulatedRows, client_rows
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
-from fedzo.report import ReportConfig
-from fedzo.report.trackers import TrackerConfig
 from fedzo.run.peer import Peer, TrialRows
 from fedzo.trainers import Prepared
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import LaunchConfig
+    from fedzo.run.process import Process
+    from fedzo.runtime.config import RuntimeTraits
 
 
 @dataclass(frozen=True)
@@ -26,40 +29,51 @@ class Launched:
     """What a process knows of a run because it launched it.
 
     Attributes:
+        config: The command line.
         prepared: What the trainer prepared.
-        report: How the run is told of.
-        trackers: Where else the run is told of.
-        takes_turns: Whether the clients work one after another, so that no deadline applies.
-        has_sites: Whether the clients are sites of their own, which outlive a start of the run's server.
         store: The run's logs, which the launcher opened and closes; None where the run is only looked at.
         prepare_seconds: What the trainer's preparation took.
     """
 
+    config: LaunchConfig
     prepared: Prepared
-    report: ReportConfig
-    trackers: dict[str, TrackerConfig]
-    takes_turns: bool
-    has_sites: bool
     store: RunStore | None
     prepare_seconds: float
+
+    @property
+    def runtime(self) -> RuntimeTraits:
+        """What must be known of where the clients run."""
+        return self.config.runtime.traits
 
 
 @dataclass
 class ServerContext:
-    """The server's part of a run.
+    """The server's part of a run, in the process that plays it."""
 
-    Attributes:
-        peer: The model and the space.
-        simulation: All rows, where this is a simulation.
-        trial_rows: Gives some rows, where this process has any: without them ``model.dtype=auto`` stays float32.
-        kept: What this machine remembers of its rows.
-    """
-
-    peer: Peer
-    simulation: SimulatedRows | None = None
-    trial_rows: TrialRows | None = None
-    kept: KeptDigests | None = None
+    process: Process
     _encoded: dict[str, list[Example]] = field(default_factory=dict)
+
+    @property
+    def peer(self) -> Peer:
+        """The model and the space."""
+        return self.process.peer
+
+    @property
+    def simulation(self) -> SimulatedRows | None:
+        """All rows, where this is a simulation."""
+        return self.process.source if isinstance(self.process.source, SimulatedRows) else None
+
+    @property
+    def trial_rows(self) -> TrialRows | None:
+        """Gives some rows, where this process has any: without them ``model.dtype=auto`` stays float32.
+
+        They are a simulation's, or the first client's where server and clients share one model.
+        """
+        source, launched, size = self.process.source, self.process.launched, self.peer.config.fl.batch_size
+        if isinstance(source, SimulatedRows):
+            return lambda: source.splits.train[:size]
+        shares = launched is not None and launched.runtime.takes_turns
+        return (lambda: source.rows_for(0)[:size]) if shares and self.peer.undecided else None
 
     @cached_property
     def step_policy(self) -> StepPolicy:
@@ -78,10 +92,11 @@ class ServerContext:
         Raises:
             RowsChangedError: They are others; says which.
         """
-        if self.simulation is None or self.kept is None:
+        if self.simulation is None:
             return
         for split in ("dev", "test"):
-            self.kept.register(getattr(self.simulation.splits, split), whose=split, run=self.peer.run_id, begun=begun)
+            rows = getattr(self.simulation.splits, split)
+            self.process.kept.register(rows, whose=split, run=self.peer.run_id, begun=begun)
 
     def examples(self, split: str) -> list[Example]:
         """The server's own ``dev`` or ``test`` rows as token ids; read once."""

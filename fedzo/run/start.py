@@ -56,18 +56,10 @@ def open_run(launch: LaunchConfig, run_dir: Path, store: RunStore | None = None)
     return Process(
         Peer(begun or run, launch.site(), loaded),
         source,
-        artifacts=run_dir / ARTIFACTS,
-        launched=Launched(
-            prepared,
-            launch.report,
-            launch.trackers,
-            takes_turns=launch.runtime.traits.takes_turns,
-            has_sites=launch.runtime.traits.has_sites,
-            store=store,
-            prepare_seconds=prepare_seconds,
-        ),
-        to_the_end=not launch.runtime.traits.own_processes,
         site_folder=run_dir,
+        artifacts=run_dir / ARTIFACTS,
+        launched=Launched(launch, prepared, store, prepare_seconds),
+        to_the_end=not launch.runtime.traits.own_processes,
     )
 
 
@@ -110,7 +102,10 @@ def read_begun(run_dir: Path) -> RunConfig:
         ConfigError: The file holds something else.
     """
     remedy = f"It ended before its first round; `fedzo resume {run_dir}` begins it."
-    return from_json(read_text(run_dir, RUN_FILE, remedy), RunConfig)
+    try:
+        return from_json(read_text(run_dir, RUN_FILE, remedy), RunConfig)
+    except ConfigError as error:
+        raise ConfigError(f"{run_dir / RUN_FILE}: {error}") from error
 
 
 def read_text(run_dir: Path, name: str, remedy: str) -> str:

@@ -39,7 +39,7 @@ class RuntimeTraits:
 
 @dataclass(kw_only=True, slots=True)
 class RuntimeConfig(PluginConfig):
-    """Where clients run. At most the last bits of a result change, by ``batch_clients`` or where ``threads`` is 0."""
+    """Where clients run. Only the last bits of results may change, with ``batch_clients`` or ``threads=0``."""
 
     paths: ClassVar[tuple[str, ...]] = ()
     """Its keys that name files or folders."""
@@ -61,8 +61,8 @@ class InlineConfig(RuntimeConfig):
     """All clients in this process, one after another, on one copy of the model."""
 
     batch_clients: bool = False
-    """Evaluate all clients of a round in joint forwards. Later steps share them only with a mask in float32 linear
-    layers, on a CPU or a CUDA device, or with the tables of a sketch. Last bits differ."""
+    """Evaluate all clients of a round in joint forwards. After the first local step, only with a mask in float32
+    linear layers on CPU or CUDA, or with the tables of a sketch. Last bits differ."""
 
     @property
     def traits(self) -> RuntimeTraits:
@@ -132,8 +132,8 @@ class LocalConfig(RuntimeConfig):
         return RuntimeTraits(server_process=True, own_processes=True)
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
-        yield from positive("runtime.startup_s", self.startup_s, "It counts seconds.")
-        yield from positive("runtime.step_limit_s", self.step_limit_s, "It counts seconds.")
+        yield from positive("runtime.startup_s", self.startup_s, "Write seconds.")
+        yield from positive("runtime.step_limit_s", self.step_limit_s, "Write seconds.")
 
 
 @RUNTIMES.register("local", LocalConfig)
@@ -145,7 +145,7 @@ def _local(config: LocalConfig, *, num_clients: int, run_dir: Path) -> None:
 
 @dataclass(kw_only=True, slots=True)
 class RemoteConfig(RuntimeConfig):
-    """Sites on machines of their own, through the SuperLink that ``fedzo server up`` keeps here."""
+    """Sites on machines of their own, through the SuperLink that ``fedzo server up`` runs here."""
 
     paths: ClassVar[tuple[str, ...]] = (*RuntimeConfig.paths, "server")
 

@@ -76,8 +76,8 @@ class InlineGrid(OnThisMachine):
         for message in messages:
             self._number(message)
             self._pending[message.metadata.message_id] = kept = copy.deepcopy(message)
-            if self._look_ahead and (context := self._contexts.get(message.metadata.dst_node_id)):
-                self._unseen.append((kept, context))
+            if self._look_ahead:
+                self._unseen.append((kept, self._contexts[message.metadata.dst_node_id]))
             pushed.append(message.metadata.message_id)
         return pushed
 
@@ -90,7 +90,7 @@ class InlineGrid(OnThisMachine):
             except Exception as raised:  # then each answers for itself, and only those at fault fail
                 # each client tells its own failure in full
                 unforeseen = None if isinstance(raised, FedzoError) else raised
-                log.warning("clients could not be evaluated together; each works alone", exc_info=unforeseen)
+                log.warning("joint forwards failed; each client is evaluated alone", exc_info=unforeseen)
         wanted = set(message_ids)
         for message_id in self._pending:
             if message_id in wanted:
@@ -99,10 +99,7 @@ class InlineGrid(OnThisMachine):
 
     def _answer(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
-        context = self._contexts.get(node_id)
-        if context is None:
-            error = Error(code=ErrorCode.NODE_UNAVAILABLE, reason=f"no node {node_id} in this run")
-            return self._number(Message(error, reply_to=message))
+        context = self._contexts[node_id]
         try:
             reply = self._client_app(message=message, context=context)
         except Exception as raised:  # a client's failure is a reply, as on every other runtime

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.net.addresses import free_ports
 from fedzo.runtime.net.client_folder import ClientFolder, Invitation
 from fedzo.runtime.net.parts import (
-    EXECUTOR,
     Site,
     environment,
     start_executor,
@@ -28,7 +27,7 @@ from fedzo.runtime.net.parts import (
 )
 from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
-from fedzo.runtime.net.server_process import SERVE, ServerProcess
+from fedzo.runtime.net.server_process import ServerProcess
 from fedzo.system import usable_cpus
 
 RESTARTS = 3
@@ -36,22 +35,13 @@ NETWORK = "network"
 """Folder for credentials, in the run folder."""
 
 
-def run_local(
-    *,
-    num_clients: int,
-    run_dir: Path,
-    config: LocalConfig,
-    serve: Sequence[str] = SERVE,
-    executor: Sequence[str] = tuple(EXECUTOR),
-) -> None:
+def run_local(*, num_clients: int, run_dir: Path, config: LocalConfig) -> None:
     """Run a federation over the network of this machine; what the server raises, this raises.
 
     Args:
         num_clients: Number of clients.
         run_dir: The run folder, which says what the run is, and in ``site.json`` what all its clients' site is.
         config: Time limits.
-        serve: Program that serves a run; only tests give another.
-        executor: Program that serves a SuperNode; only tests give another.
 
     Raises:
         ProtocolError: A process did not start, or ended too often; with the end of its log.
@@ -63,7 +53,7 @@ def run_local(
         Processes(run_dir / "logs", environment=environment()) as processes,
     ):
         start_superlink(processes, server, restarts=RESTARTS)
-        server_process = ServerProcess(run_dir, server.path, serve=serve)
+        server_process = ServerProcess(run_dir, server.path)
         try:
             sites = [
                 Site(
@@ -74,7 +64,6 @@ def run_local(
                     restarts=RESTARTS,
                     name=str(index),
                     environment=share_of_cpus(num_clients),
-                    executor=executor,
                     port=port,
                 )
                 for index, (folder, port) in enumerate(zip(clients, ports, strict=True))

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -23,12 +23,12 @@ from fedzo.records.folder import CONFIG, make_folder, open_file
 from fedzo.runtime.config import RemoteConfig
 from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.server_folder import ServerFolder
-from fedzo.runtime.net.server_process import SERVE, SERVER_LOG, ServerProcess
+from fedzo.runtime.net.server_process import SERVER_LOG, ServerProcess
 
 log = logging.getLogger(__name__)
 
 
-def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig, serve: Sequence[str] = SERVE) -> None:
+def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig) -> None:
     """Run a federation with the sites of a server; what its server raises, this raises.
 
     Args:
@@ -36,7 +36,6 @@ def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig, serve: 
             without those whose keys were revoked later.
         run_dir: The run folder, which says what the run is.
         config: Names the server's folder.
-        serve: Program that serves a run; only tests give another.
 
     Raises:
         ConfigError: The server is not up or serves another run, or a client is not registered.
@@ -59,7 +58,7 @@ def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig, serve: 
     log_file = open_file(run_dir, SERVER_LOG, os.O_RDONLY | os.O_CREAT)
     with os.fdopen(log_file, encoding="utf-8", errors="replace") as said, _left_by_hangup():
         said.seek(0, 2)
-        process = ServerProcess(run_dir, server.path, serve=serve, detached=True)
+        process = ServerProcess(run_dir, server.path, detached=True)
         print(
             f"The run's server is process {process.pid}. It goes on when this terminal closes.\n"
             f"`fedzo status {run_dir}` shows it, `fedzo stop {run_dir}` ends it between rounds.",

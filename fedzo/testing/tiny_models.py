@@ -151,7 +151,8 @@ def tiny_sketch(
         if name != "lm_head":
             weight = weight_of(layer)
             sketch = sketch_matrix(weight, torch.eye(weight.shape[1]), settings, name=name)
-            model.set_submodule(name, SketchLinear.from_sketch(sketch, layer.bias))
+            sketched = SketchLinear.of(sketch.codes, sketch.tables, sketch.num_columns, layer.bias)
+            model.set_submodule(name, sketched)
     mark_as_sketch(model, SketchFormat(bits, groups_per_row, ["lm_head"]))
     return model.to(dtype).eval().requires_grad_(False)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedzo.cli import main
+from fedzo.commands import answer
 from fedzo.data.encode import encode_prompts
 from fedzo.models.config import ModelConfig
 from fedzo.models.generate import generate
@@ -159,6 +160,14 @@ def test_rows_that_cannot_be_answered_are_named(
     assert main(ask(served)) == 2
 
     assert re.search(expected, capsys.readouterr().err)
+
+
+def test_a_user_may_be_a_number_or_nobody(tmp_path: Path) -> None:
+    whose = [0, 1, "1", " 0 ", None, "", float("nan")]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "x", "tables": user}) + "\n" for user in whose))
+
+    assert [row.tables for row in answer._read(rows, ["0", "1"])] == ["0", "1", "1", "0", "", "", ""]
 
 
 def test_prompts_that_are_not_there_are_named_by_their_option(served: Path, capsys: pytest.CaptureFixture[str]) -> None:

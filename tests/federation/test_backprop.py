@@ -26,7 +26,9 @@ from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.server.rounds import Server
 from fedzo.masks.mask_file import load_mask
-from fedzo.models.scoring import graph_loss, mean_loss
+from fedzo.models.arithmetic import DIFFERENTIABLE
+from fedzo.models.forwards import Planning
+from fedzo.models.scoring import example_losses, mean_loss
 from fedzo.records.log import VectorLine
 from fedzo.run.process import Process
 from fedzo.run.start import open_run
@@ -73,13 +75,14 @@ def opened(config: Any, folder: Path) -> tuple[Process, Workspace]:
     """A process and its model with the run's space on it."""
     process = open_run(config, folder)
     texts = list
-    workplace = Workplace(folder=folder, seed=config.seed, texts=texts, advance=lambda done, total: None)
+    workplace = Workplace(folder=folder, seed=config.seed, texts=texts)
     return process, process.peer.workspace(process.peer.trainer.prepare(process.peer.loaded, workplace).artifact)
 
 
 def gradient_of(process: Process, at: Workspace, rows: list[Example], loss: Loss, tokens: int = 4096) -> Any:
+    planning = Planning(tokens, arithmetic=DIFFERENTIABLE)
     return at.replica.space.gradient(  # type: ignore[attr-defined]
-        lambda: graph_loss(process.peer.loaded, rows, loss=loss, tokens_per_batch=tokens)
+        lambda: example_losses(process.peer.loaded, rows, planning, loss=loss).mean()
     )
 
 

@@ -19,13 +19,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedzo.cli import main
-from fedzo.commands.client_path import local_steps, replay_client, vector_file
+from fedzo.commands.client_path import replay_client, vector_file
 from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
 from fedzo.fl.config import directions_of
 from fedzo.fl.log_store import RunStore
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.directions import direction, stream_key
+from fedzo.zo.log import local_step, probe_shares
+from fedzo.zo.seeds import step_keys
 
 Overrides = Callable[..., list[str]]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -79,20 +81,13 @@ def rebuild_all(folder: Path) -> Hashes:
         for entry in line.clients:
             space.mark()
             client, drift = entry.client, replica.drift(entry.client)
-            g = entry.g
-            walk = local_steps(
-                space,
-                g,
-                lr=line.lr,
-                run_seed=config.seed,
-                round=line.round,
-                client=client,
-                directions=directions_of(config.fl),
-                drift=drift,
-            )
-            digests = [hashlib.sha256(space.values().tobytes()).hexdigest() for _ in walk]
-            hashes[f"{entry.client}@{line.round}"] = digests
-            assert entry.end_check == (space.check() if len(g) > 1 else 0)
+            digests = hashes[f"{client}@{line.round}"] = list[str]()
+            own = {"round": line.round, "owner": client, "directions": directions_of(config.fl)}
+            for step, scalars in enumerate(entry.g):
+                keys = step_keys(config.seed, step=step, probes=len(scalars), **own)
+                local_step(space, lr=line.lr, c=probe_shares(scalars), keys=keys, drift=drift)
+                digests.append(hashlib.sha256(space.values().tobytes()).hexdigest())
+            assert entry.end_check == (space.check() if len(entry.g) > 1 else 0)
             space.rewind()
         replica.advance([records[line.round]])
     return hashes
@@ -162,6 +157,7 @@ def test_every_kind_of_space_and_run(train: Any, settings: tuple[str, ...]) -> N
 
     assert rebuilt == taken
     assert [len(digests) for digests in taken.values()] == [3] * 4 + [2] * 4
+    assert replay_client(folder, client=3, round=1).checked  # the command's own walk ends where the client's did
 
 
 def test_the_command_writes_the_values_after_each_step(
@@ -268,6 +264,19 @@ def test_a_changed_scalar_of_a_single_step_is_found_by_the_public_log(
         replay_client(folder, client=1, round=1)
 
 
+def test_a_step_too_many_of_another_client_is_found_by_the_public_log(train: Any, lines: Lines) -> None:
+    folder, _ = train("fl.rounds=1", steps=[1])
+    (line,) = lines(folder, "audit.jsonl")
+    for name in ("g", "loss", "dropped"):
+        line["clients"][0][name] *= 2
+    line["clients"][0]["steps"], line["xi"] = 2, None
+
+    (folder / "audit.jsonl").write_text(json.dumps(line) + "\n")
+
+    with pytest.raises(ProtocolError, match="round 0: the clients' scalars of the audit log must give those"):
+        replay_client(folder, client=1, round=0)
+
+
 def test_a_log_that_lacks_a_round_is_refused(train: Any, lines: Lines) -> None:
     folder, _ = train("fl.rounds=3", steps=[1])
     whole = (folder / "audit.jsonl").read_text().splitlines(keepends=True)
@@ -289,13 +298,14 @@ def test_a_mask_that_is_gone_is_not_chosen_again_without_the_texts_that_it_was_c
 
 def test_the_file_is_written_vector_by_vector(tmp_path: Path) -> None:
     """40 steps of a megabyte each take a few megabytes of memory."""
-    size, g, out = 250_000, np.ones((40, 1), np.float32), tmp_path / "path"
+    size, out = 250_000, tmp_path / "path"
     space = VectorSpace(np.zeros(size, np.float32))
     space.step(1.0, 0)  # compiles
     tracemalloc.start()
     (tmp_path / ".path.1.part").write_text("of another process, which writes the same file")
-    with vector_file(out, steps=len(g), size=size, about={}) as write:
-        for _ in local_steps(space, g, lr=1e-3, run_seed=0, round=0, client=0, directions=SHARED):
+    with vector_file(out, steps=40, size=size, about={}) as write:
+        for step in range(40):
+            space.step(1e-3, step)
             write(space)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

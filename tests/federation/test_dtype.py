@@ -79,7 +79,7 @@ def test_a_process_that_is_started_again_within_a_run_decides_by_rows_of_the_cli
 ) -> None:
     """It may be the site of one client, which has no rows of any other."""
     process = open_run(load(overrides("model.dtype=auto")), tmp_path)
-    workplace = Workplace(folder=tmp_path, seed=0, texts=list, advance=lambda done, total: None)
+    workplace = Workplace(folder=tmp_path, seed=0, texts=list)
     artifact = process.peer.trainer.prepare(process.peer.loaded, workplace).artifact
     known, read = process.client.data, []
     monkeypatch.setattr(ClientContext, "data", lambda _, client: read.append(client) or known(client))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from flwr.app import Context, Message, RecordDict
 
 from fedzo.config.load import load
 from fedzo.data.preprocess import STAGES, IdentityConfig, OnProgress
-from fedzo.errors import ConfigError, ProtocolError, problem
+from fedzo.errors import ConfigError, PluginError, ProtocolError, problem
 from fedzo.fl.client.worker import part
 from fedzo.fl.messages import EvaluateRequest, Hello, Refusal, TrainRequest, encode
 from fedzo.fl.site_limits import SiteError
@@ -125,7 +126,7 @@ def test_a_greeting_is_answered_by_how_far_it_is_and_a_round_by_a_refusal(
 
     assert (reply.num_train, reply.prepared) == (rows, 0)
     assert json.loads(reply.stages) == {"identity.marked": 3.0, "identity.share": 0.5}
-    assert {row["text"][-1] for row in process.client.rows(0).train} == {"!"}
+    assert {row["text"][-1] for row in process.client.preparations.rows(0).train} == {"!"}
     assert greet(process) == reply
     assert stage.calls == [0]
     for ask in requests(process):
@@ -211,8 +212,8 @@ def test_rows_that_are_forgotten_are_read_and_compared_anew(start: Callable[[], 
     assert until_ready(process) == begun
     assert stage.calls == [0, 0]
     process.client.forget_rows()
-    fewer = process.client.source.rows_for(0)[1:]
-    process.client.source = SimpleNamespace(rows_for=lambda client: fewer)
+    fewer = process.source.rows_for(0)[1:]
+    process.source = SimpleNamespace(rows_for=lambda client: fewer)
 
     for ask in requests(process):
         with pytest.raises(SiteError, match="refusal 2, its rows are not those that it began the run with"):
@@ -251,11 +252,13 @@ def test_a_run_that_is_let_go_stops_its_stages(start: Callable[[], Process], sta
     stage.let.release()
 
     (job,) = process.client.preparations._jobs.values()
-    ends = time.monotonic() + 20
-    while job.wait(0.1):
-        assert time.monotonic() < ends
     with pytest.raises(preparation.StoppedError):
-        job.result()
+        job.result(20)
+
+
+def test_a_stage_that_ends_its_thread_does_not_end_whoever_asks() -> None:
+    with pytest.raises(PluginError, match=r"a preprocess stage must return or raise, got SystemExit\(1\)"):
+        preparation.Preparation(lambda told: sys.exit(1)).result(20)
 
 
 @pytest.fixture
@@ -294,7 +297,7 @@ def test_a_site_writes_into_its_log_once_that_it_takes_part_and_why_it_does_not(
 
 
 def test_a_site_that_lacks_what_a_stage_needs_refuses_before_it_loads_its_model(
-    start: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
+    start: Callable[[], Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server plays no clients and is not asked."""
     peer = start().peer
@@ -305,8 +308,8 @@ def test_a_site_that_lacks_what_a_stage_needs_refuses_before_it_loads_its_model(
         raise AssertionError("it loads")
 
     with pytest.raises(SiteError) as refused:
-        open_process(peer.config, peer.site, plays_clients=True, load=load)
+        open_process(peer.config, peer.site, site_folder=tmp_path, artifacts=tmp_path, plays_clients=True, load=load)
     assert (refused.value.refusal, refused.value.details) == (Refusal.stage, lacks.text)
     assert "rewriter" not in str(refused.value)
     with pytest.raises(AssertionError, match="it loads"):
-        open_process(peer.config, peer.site, load=load)
+        open_process(peer.config, peer.site, site_folder=tmp_path, artifacts=tmp_path, load=load)

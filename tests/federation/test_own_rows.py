@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
+from fedzo.commands import trained
 from fedzo.commands.train import resume_run
 from fedzo.commands.trained import evaluate_run, replay_run
 from fedzo.config.load import load
@@ -85,6 +85,36 @@ def test_a_site_reads_its_rows_for_their_digest_and_their_tokens_and_not_again(
     assert read == ["site3.jsonl"] * 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "split", "why"),
+    [
+        (SETTINGS, "test", "but all rows of partition=own are its clients'"),
+        (["split.num_test=0"], "test", "but it began with split.num_test=0"),
+        (["split.num_dev=0"], "dev", "but it began with split.num_dev=0"),
+    ],
+)
+def test_rows_that_a_run_does_not_have_are_missed_before_its_model_is_rebuilt(
+    settings: list[str],
+    split: str,
+    why: str,
+    overrides: Overrides,
+    sites: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("the model is rebuilt")
+
+    config = load(overrides(*settings, *([sites] if settings is SETTINGS else [])))
+    monkeypatch.setattr(trained, "read_run", lambda folder: config)
+    monkeypatch.setattr(trained, "rebuild", refuse)
+
+    with pytest.raises(
+        ConfigError, match=rf"it must have {split} rows to score, {why}\. `fedzo export` writes its model"
+    ):
+        evaluate_run(tmp_path, split=split)
+
+
 def test_label_counts_travel_where_the_run_asks_for_them(run: Run, lines: Lines, sites: str) -> None:
     folder = run(*SETTINGS, sites, "fl.label_counts=true", "step_policy=oracle", "fl.local_steps=2")
 
@@ -135,7 +165,7 @@ def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(
 
     process = open_run(load(overrides()), tmp_path)
     stages = {"first": Mark("1"), "second": Mark("2")}
-    before = process.client.rows(0)
+    before = process.client.preparations.rows(0)
     after = client_rows(process.source, 0, share=0.1, seed=0, stages=stages)
 
     assert [row["text"] for row in after.train] == [f"{row['text']}12" for row in before.train]
@@ -156,34 +186,6 @@ def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(
     ):
         with pytest.raises(ConfigError, match=text):
             preprocess(before.train, {"bad": stage}, client=0)
-
-
-def test_another_space_is_built_on_the_base_weights_and_not_where_the_last_one_left_them(
-    overrides: Overrides, tmp_path: Path
-) -> None:
-    from dataclasses import replace
-
-    from fedzo.masks.mask_file import encode_mask, load_mask
-    from fedzo.trainers import Workplace
-    from fedzo.zo.log import RoundRecord
-
-    process = open_run(load(overrides()), tmp_path)
-    texts = list
-    workplace = Workplace(folder=tmp_path, seed=0, texts=texts, advance=lambda done, total: None)
-    one = process.peer.trainer.prepare(process.peer.loaded, workplace).artifact
-    mask = load_mask(one.path)
-    without = replace(mask, indices={name: flat[:1] for name, flat in mask.indices.items()}, gradient=None)
-    other = workplace.artifacts.put(encode_mask(without))
-    (tmp_path / "fresh").mkdir()
-    fresh = open_run(load(overrides()), tmp_path / "fresh").peer.workspace(other).replica.space.values()
-
-    first = process.peer.workspace(one)
-    first.replica.advance(
-        [RoundRecord(round=0, lr=0.5, owners=(0xFFFFFFFF,), coefficients=np.ones((1, 1, 1), np.float32))]
-    )
-
-    assert process.peer.workspace(one) is first
-    assert np.array_equal(process.peer.workspace(other).replica.space.values(), fresh)
 
 
 @pytest.mark.parametrize(

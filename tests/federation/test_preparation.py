@@ -46,7 +46,7 @@ def test_what_a_stage_made_is_found_by_the_next_run_counted_and_proved_on_resume
     assert json.loads((first / "run.json").read_text())["preprocess"][0]["mark"] == "custom"  # by the task
     assert "rewriter" not in json.loads((first / "run.json").read_text())
     report = (first / "report.html").read_text()
-    assert "What preprocess stages tell" in report
+    assert "Preprocess stages" in report
     assert "marks.share of the gate" in report
 
     text = kept.read_text()

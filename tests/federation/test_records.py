@@ -79,9 +79,9 @@ def test_rows_that_are_cut_are_counted_and_told_before_the_first_round(
         assert told[name] == [sum(expected[name]), len(expected[name])]
     assert [sum(pair) for pair in zip(told["train"], told["heldout"], strict=True)] == [sum(expected["train"]), 64]
     assert told["heldout"][1] == sum(client["num_heldout"] for client in setup["clients"])
-    [message] = [text for text in caplog.messages if "cuts rows" in text]
+    [message] = [text for text in caplog.messages if "truncates rows" in text]
     cut, whole = told["dev"]
-    assert f"task.max_length={longest} cuts rows" in message
+    assert f"task.max_length={longest} truncates rows" in message
     assert f"dev {cut} of {whole} (" in message
 
 
@@ -89,4 +89,4 @@ def test_a_run_without_a_cut_row_is_told_nothing(run: Callable[..., Path], caplo
     with caplog.at_level(logging.WARNING):
         run("task.max_length=64", "fl.rounds=1")
 
-    assert not [text for text in caplog.messages if "cuts rows" in text]
+    assert not [text for text in caplog.messages if "truncates rows" in text]

@@ -415,7 +415,7 @@ def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
 
     told = capsys.readouterr().out
     assert "61  rewritten" in told
-    assert "1  rewritten with a name lost or brought in (a warning)" in told
+    assert "1  rewritten with a name lost or added (a warning)" in told
     (manifest,) = (tmp_path / "store" / "results").glob("*.manifest.json")
     assert decode_json(Manifest, manifest.read_text(), where="manifest", error=ConfigError).names == 1
     for reason in ("numbers", "verdict", "absent"):
@@ -467,7 +467,7 @@ def test_labels_by_name_are_those_of_the_rows(
 
     assert main(["rephrase", *words, "preprocess.oat_rephrase.checks=[empty]", *endpoint.settings(tmp_path / "s")]) == 0
 
-    assert "new words of one answer only: the right one 3, a wrong one 3" in capsys.readouterr().out
+    assert "rewrites that leak an answer: the right one 3, a wrong one 3" in capsys.readouterr().out
 
 
 def test_a_task_whose_answer_is_written_needs_no_further_key(
@@ -716,7 +716,7 @@ def test_rows_that_the_endpoint_failed_are_asked_for_again_where_one_says_so(
     own = endpoint.rewrite
     endpoint.rewrite = lambda text: "" if text.startswith("item 3 ") else own(text)
     assert rephrase("preprocess.oat_rephrase.gate=false") == 0
-    assert "the endpoint failed 1 row: --again asks once more" in capsys.readouterr().out
+    assert "the endpoint failed 1 row: --again retries them" in capsys.readouterr().out
     calls, endpoint.rewrite = len(endpoint.calls), own
 
     assert rephrase("preprocess.oat_rephrase.gate=false") == 0

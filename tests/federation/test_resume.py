@@ -157,7 +157,7 @@ def test_resuming_a_finished_run_changes_nothing_and_says_how_it_is_made_longer(
 
     resume_run(folder)
 
-    assert "rounds are done, and only checked again. `fedzo resume" in caplog.text
+    assert "rounds are done, and only verified. `fedzo resume" in caplog.text
     assert (folder / "public.jsonl").read_bytes() == before
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "summary"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -116,7 +117,7 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
     from fedzo.trainers import Workplace
     from fedzo.zo.estimator import ZerothOrderConfig, build_estimator
 
-    workplace = Workplace(folder=folder, seed=0, texts=list, advance=lambda done, total: None)
+    workplace = Workplace(folder=folder, seed=0, texts=list)
     peer = process.peer
     space = peer.workspace(peer.trainer.prepare(peer.loaded, workplace).artifact).replica.space
     joint = []
@@ -258,7 +259,7 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     from fedzo.zo.log import EMPTY_CHAIN
 
     process = open_run(load(overrides("fl.local_steps=3", "trainer.lr=0.1")), tmp_path)
-    workplace = Workplace(folder=tmp_path, seed=0, texts=list, advance=lambda done, total: None)
+    workplace = Workplace(folder=tmp_path, seed=0, texts=list)
     peer, worker = process.peer, process.client.worker
     artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
     replica = peer.workspace(artifact).replica
@@ -516,7 +517,7 @@ def test_a_client_whose_memory_is_too_small_for_a_step_says_so_and_the_run_goes_
 
     rounds = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"]
     assert [line["absent"] for line in rounds] == [[1], [2], []]
-    why = "refusal 38, its memory does not hold what it was asked to compute. Its own log says why"
+    why = "refusal 38, its memory is too small for the request. Its own log says why"
     assert why in rounds[0]["reasons"]["1"]
     assert why in rounds[1]["reasons"]["2"]
     said = [record.getMessage() for record in caplog.records if "Lower model.tokens_per_batch" in record.getMessage()]
@@ -544,12 +545,11 @@ def a_score(**changes: object) -> str:
         a_score(value=1.5),
         a_score(num_examples=float("inf")),
         a_score(num_examples=10**400),
-        a_score(num_examples=65),  # more than it was asked for, to weigh more
         a_score(per_class={"0": [3, 2]}),
         a_score(loss=1e7),
         a_score(loss=500.0),  # far beyond what the other clients measured
     ],
-    ids=range(13),
+    ids=range(12),
 )
 def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: str
@@ -570,6 +570,36 @@ def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     (score,) = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "federated_score"]
     assert [entry["client"] for entry in score["clients"]] == [1, 2, 3]
     assert "client 0 was not scored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "told", "is_kept"),
+    [
+        ([], 4, True),
+        ([], 5, False),
+        (["evaluation.federated_max_rows=3"], 3, True),
+        (["evaluation.federated_max_rows=3"], 4, False),
+    ],
+)
+def test_no_client_weighs_more_than_the_rows_that_it_was_asked_to_score(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, settings: list[str], told: int, is_kept: bool
+) -> None:
+    """Each holds out four."""
+    from fedzo.fl.client.worker import ClientWorker
+
+    honest = ClientWorker.evaluate
+
+    def evaluate(self: ClientWorker, request: Any) -> Any:
+        reply = honest(self, request)
+        return replace(reply, scores=a_score(num_examples=told)) if request.client == 0 else reply
+
+    monkeypatch.setattr(ClientWorker, "evaluate", evaluate)
+
+    folder = run("fl.rounds=1", "partition.holdout=0.25", "evaluation.central=false", *settings)
+
+    (score,) = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "federated_score"]
+    others = dict.fromkeys((1, 2, 3), 3 if settings else 4)
+    assert {row["client"]: row["num_examples"] for row in score["clients"]} == ({0: told} if is_kept else {}) | others
 
 
 @pytest.mark.parametrize(
@@ -602,7 +632,7 @@ def test_batches_are_split_where_the_padding_costs_more_than_a_forward(
     from fedzo.trainers import Workplace
 
     process = open_run(load(overrides(f"trainer={trainer}", "device=cpu")), tmp_path)
-    workplace = Workplace(folder=tmp_path, seed=0, texts=list, advance=lambda done, total: None)
+    workplace = Workplace(folder=tmp_path, seed=0, texts=list)
     peer = process.peer
     cost = peer.workspace(peer.trainer.prepare(peer.loaded, workplace).artifact).forward_cost_tokens
 

@@ -37,6 +37,7 @@ from fedzo.run.peer import open_model
 from fedzo.run.process import Process, forget_process, keep_process, leave_other, read_anew, this_process
 from fedzo.run.site_model import SiteModel
 from fedzo.run.start import open_run, write_whole
+from fedzo.system import SITE_ARTIFACTS_ENV
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
 
@@ -59,18 +60,18 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     forget_process()
 
 
-def test_what_a_run_sends_goes_when_the_site_lets_the_run_go(run: Run, opened: Callable[[Path, str], Process]) -> None:
-    """An executor serves run after run, and one that hangs is ended without a word."""
-    text = (run("fl.rounds=1") / "site.json").read_text()
-    kept = []
-    for seed in (1, 2):
-        process = opened(run("fl.rounds=1", f"seed={seed}"), text)
-        kept.append(process.client.artifacts.folder)
-        (kept[-1] / "artifact").touch()
-    del process
-    gc.collect()
+def test_what_a_server_sends_is_kept_beside_the_sites_file_where_no_folder_is_named(
+    finished: Run, opened: Callable[[Path, str], Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SITE_ARTIFACTS_ENV, raising=False)
+    folder = finished("fl.rounds=1")
+    (tmp_path / ARTIFACTS).mkdir()
+    (tmp_path / ARTIFACTS / ("a" * 64)).write_text("of another run, or somebody else's")
 
-    assert [folder.exists() for folder in kept] == [False, True]
+    process = opened(folder, (folder / "site.json").read_text())
+
+    assert process.client.artifacts.folder == tmp_path / ARTIFACTS
+    assert [*(tmp_path / ARTIFACTS).iterdir()] == [tmp_path / ARTIFACTS / ("a" * 64)]
 
 
 def test_a_site_holds_model_and_rows_where_and_how_it_likes(

@@ -58,10 +58,10 @@ class Sites:
         if run != self._run:
             self._open, self._run = {}, run
         if client not in self._open:
-            file = self.folder / f"site{client}" / "site.yaml"
-            site = load_site(file)
+            place = self.folder / f"site{client}"
+            agreed, site = from_json(run, RunConfig), load_site(place / "site.yaml")
             self._open[client] = open_process(
-                from_json(run, RunConfig), site, site_folder=file.parent, plays_clients=True
+                agreed, site, site_folder=place, artifacts=place / "artifacts", plays_clients=True
             )
             self.before.get(client, bool)(self._open[client])
         return self._open[client].client.worker

@@ -103,7 +103,10 @@ def test_a_client_whose_codes_differ_is_refused_before_the_first_round(
             run_dir = Path(context.run_config["run-dir"])
             site = read_launch(run_dir).site()
             site = replace(site, model=replace(site.model, name=str(model)))
-            opened.append(open_process(read_run(run_dir), site, site_folder=tmp_path, plays_clients=True).client.worker)
+            process = open_process(
+                read_run(run_dir), site, site_folder=tmp_path, artifacts=tmp_path / "artifacts", plays_clients=True
+            )
+            opened.append(process.client.worker)
         return opened[0]
 
     monkeypatch.setattr(apps, "_worker", worker)

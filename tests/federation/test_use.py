@@ -68,7 +68,7 @@ def test_every_replay_is_told_as_it_may_take_hours(run: Run, capsys: pytest.Capt
     replayed = capsys.readouterr()
     evaluate_run(folder, split="test")
 
-    back = "going back to the model after 0 rounds ..."
+    back = "restoring the model after 0 rounds ..."
     assert shown.count(back) == resumed.count(back) == 1
     assert "replaying 2 rounds ..." in resumed
     assert not any("replaying" in line for line in shown)
@@ -117,7 +117,7 @@ def test_a_mask_that_was_chosen_on_other_weights_is_used_with_a_warning(
     run(f"inputs.artifact={tmp_path / 'other.safetensors'}", "fl.rounds=1")
 
     (warned,) = [record.getMessage() for record in caplog.records if "other weights" in record.getMessage()]
-    assert "other.safetensors: it was chosen on other weights (ffffffffffff...)" in warned
+    assert "other.safetensors: the mask was made for other weights (ffffffffffff...)" in warned
 
 
 def test_the_run_folder_holds_what_made_the_run(run: Run) -> None:
@@ -136,11 +136,11 @@ def test_a_folder_with_a_run_is_not_overwritten_and_one_without_is_named(
 ) -> None:
     folder = run()
 
-    with pytest.raises(RunFolderError, match="already holds a run"):
+    with pytest.raises(RunFolderError, match="it holds a run"):
         start_run(load(overrides()), folder, overrides=[])
     with pytest.raises(RunFolderError, match="not a run folder"):
         rebuild(tmp_path)
-    with pytest.raises(ConfigError, match=r"rounds must be in 0\.\.3"):
+    with pytest.raises(ConfigError, match="--rounds must be 0 to 3, the rounds done, got 4"):
         rebuild(folder, rounds=4)
 
 

@@ -55,7 +55,7 @@ def test_sites_that_freeze_die_come_late_or_never_answer_do_not_stop_a_run(
     missing = at.wait_for_attendance("run", [0, 2, 3])
     at.wait_for_round("run", missing + 12)
     assert max(at.round_seconds("run")[missing + 1 :]) < 10
-    why = f"no reply since round {missing}; it is asked again once it answers a greeting"
+    why = f"no reply since round {missing}; it is asked again once it registers"
     assert at.reason("run", 1, missing + 2) == why
     at.sites[1].thaw()
     at.wait_for_attendance("run", [0, 1, 2, 3])

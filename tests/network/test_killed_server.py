@@ -47,7 +47,7 @@ def test_a_run_whose_server_is_killed_ends_as_one_that_never_was(
             time.sleep(place * round_s)
         os.kill(pid, signal.SIGKILL)
         assert command.wait(120) == 1
-        assert "go on with `fedzo resume" in at.said("broken")
+        assert "then `fedzo resume" in at.said("broken")
         assert at.rounds("broken") == at.rounds("whole")[: len(at.rounds("broken"))]
         command = at.fedzo("resume", str(at.folder / "broken"), output="broken")
     assert command.wait(120) == 0

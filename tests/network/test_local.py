@@ -23,18 +23,25 @@ import pytest
 from fedzo.errors import ProtocolError
 from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.local import run_local
+from fedzo.runtime.net import parts, server_process
 
 Play = Callable[..., dict[str, Any]]
 HERE = Path(__file__).parent
-EXECUTOR, SERVE = ([sys.executable, str(HERE / f"toy_{what}.py")] for what in ("executor", "serve"))
 pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 
 
 @pytest.fixture
-def play_local(toy: ModuleType, tmp_path: Path) -> Play:
+def programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy apps are served and answer."""
+    monkeypatch.setattr(server_process, "SERVE", [sys.executable, str(HERE / "toy_serve.py")])
+    monkeypatch.setattr(parts, "EXECUTOR", [sys.executable, str(HERE / "toy_executor.py")])
+
+
+@pytest.fixture
+def play_local(toy: ModuleType, tmp_path: Path, programs: None) -> Play:
     def play(*, config: LocalConfig | None = None, **changes: Any) -> dict[str, Any]:
         (tmp_path / "toy.json").write_text(toy.config_json(**changes))
-        run_local(num_clients=2, run_dir=tmp_path, config=config or LocalConfig(), serve=SERVE, executor=EXECUTOR)
+        run_local(num_clients=2, run_dir=tmp_path, config=config or LocalConfig())
         return json.loads((tmp_path / "result.json").read_text())
 
     return play
@@ -80,7 +87,7 @@ def test_what_fails_costs_its_answer_and_no_more_until_the_server_fails(play_loc
         )
 
     result = json.loads((tmp_path / "result.json").read_text())
-    assert "refusal 31, the client could not do what it was asked" in result["errors"][0][0]
+    assert "refusal 31, the client failed to do what was asked" in result["errors"][0][0]
     assert "client 0 fails on purpose" in (tmp_path / "logs" / "executor-0.log").read_text()
     assert "refusal 34, a step took longer than its site allows" in result["errors"][0][1]
     assert result["answers"] == [0, 2, 1]
@@ -113,12 +120,15 @@ def test_superlink_whose_database_is_locked_costs_time_and_nothing_else(play_loc
     _assert_gone(_descendants(tmp_path))
 
 
-def test_executor_that_cannot_start_ends_the_run_with_the_end_of_its_log(toy: ModuleType, tmp_path: Path) -> None:
-    broken = [sys.executable, "-c", "raise SystemExit('no model here')"]
+@pytest.mark.usefixtures("programs")
+def test_executor_that_cannot_start_ends_the_run_with_the_end_of_its_log(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "EXECUTOR", [sys.executable, "-c", "raise SystemExit('no model here')"])
     (tmp_path / "toy.json").write_text(toy.config_json(clients=1))
 
     with pytest.raises(ProtocolError, match=r"(?s)executor-0: it must run .*no model here"):
-        run_local(num_clients=1, run_dir=tmp_path, config=LocalConfig(), serve=SERVE, executor=broken)
+        run_local(num_clients=1, run_dir=tmp_path, config=LocalConfig())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -179,12 +179,12 @@ def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Mac
     machine.services["train"].send_signal(signal.SIGHUP)
     assert machine.services["train"].wait(120) == 0
     status = machine.call("status", "server")
-    assert re.search(r"run \S*/run: \d+ of 100000 rounds, .*, going on", status)
+    assert re.search(r"run \S*/run: \d+ of 100000 rounds, .*, running", status)
     assert re.search(r"0 +hospital +ready \(model loaded\) +\S+ s ago +\d+ +0\.1\.0", status)
     assert "one run at a time" in machine.call("train", *settings, "hydra.run.dir=other", status=2)
     assert "Continue with: fedzo resume run" in machine.call("stop", "run")
     stopped = len(rounds())
-    assert "Nothing is to be stopped" in machine.call("stop", "run", status=1)
+    assert "There is nothing to stop" in machine.call("stop", "run", status=1)
 
     # --- while it goes on, the certificate is renewed and the SuperLink killed: both sites stay in it
     machine.start("resume", "resume", "run")

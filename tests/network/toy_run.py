@@ -7,12 +7,11 @@ from pathlib import Path
 
 from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.local import run_local
+from fedzo.runtime.net import parts, server_process
 
 HERE = Path(__file__).parent
-SERVE = [sys.executable, str(HERE / "toy_serve.py")]
-EXECUTOR = [sys.executable, str(HERE / "toy_executor.py")]
 
 if __name__ == "__main__":
-    run_local(
-        num_clients=int(sys.argv[2]), run_dir=Path(sys.argv[1]), config=LocalConfig(), serve=SERVE, executor=EXECUTOR
-    )
+    server_process.SERVE = [sys.executable, str(HERE / "toy_serve.py")]
+    parts.EXECUTOR = [sys.executable, str(HERE / "toy_executor.py")]
+    run_local(num_clients=int(sys.argv[2]), run_dir=Path(sys.argv[1]), config=LocalConfig())

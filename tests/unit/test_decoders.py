@@ -27,14 +27,14 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedzo.config.schema import LaunchConfig, RunConfig, filled
+from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteFile, filled
 from fedzo.config.travel import from_json, to_json
 from fedzo.data.config import TaskConfig
 from fedzo.errors import ConfigError, FedzoError, OtherVersionError, ProtocolError, RunFolderError
 from fedzo.evaluate import AnswersConfig, scores_of_peer
 from fedzo.evaluate.answers import Answers
 from fedzo.fl.artifact_transfer import receive
-from fedzo.fl.config import StrategyConfig
+from fedzo.fl.config import FlConfig, StrategyConfig
 from fedzo.fl.limits import Limits
 from fedzo.fl.messages import (
     RECORD,
@@ -52,7 +52,7 @@ from fedzo.fl.messages import (
     scalars_to_bytes,
 )
 from fedzo.fl.server.aggregate import check_reply
-from fedzo.fl.server.registration import figures_of, label_counts_of
+from fedzo.fl.server.registration import setup_of
 from fedzo.fl.server.vector_updates import VectorUpdates
 from fedzo.fl.site_limits import SiteError
 from fedzo.models.config import BaseConfig
@@ -75,8 +75,10 @@ from fedzo.runtime.net.credentials import (
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.directions import SHARED
+from fedzo.zo.estimator import TwoPointConfig
 from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, VectorRecord, pack, unpack
 from fedzo.zo.seeds import OWN
+from fedzo.zo.server_optimizer import SgdConfig
 
 MOST_BYTES, MOST_SECONDS = 48 << 20, 4.0
 FLOATS = np.linspace(-1, 1, 6, dtype=np.float32)
@@ -177,15 +179,14 @@ def record(**fields: Any) -> RoundRecord:
 
 
 LIMITS = Limits(
-    rounds=6,
-    most_steps=3,
-    num_clients=3,
-    num_probes=2,
-    directions=SHARED,
-    lr=0.1,
-    max_abs_g=1e6,
-    artifact="a" * 64,
-    artifact_max_bytes=1 << 20,
+    run=RunConfig(
+        base=BaseConfig(label="opt", weights_digest="", tokenizer_digest="", architecture_digest=""),
+        artifact="a" * 64,
+        fl=FlConfig(num_clients=3, rounds=6, local_steps=3),
+        estimator=TwoPointConfig(num_probes=2),
+        server_optimizer=SgdConfig(lr=0.1),
+    ),
+    site=SiteFile(artifact_max_bytes=1 << 20),
 )
 OWNED = record(owners=(0, 2), coefficients=np.ones((1, 2, 2), np.float32), directions=4096)
 LOG = pack([record(), OWNED, record(lr=0.0), VectorRecord.of(FLOATS, round=4, lr=0.5)])
@@ -228,18 +229,18 @@ def take_train(content: RecordDict) -> None:
     LIMITS.check_steps(request)
     LIMITS.check_state(request)
     assert request.steps <= LIMITS.most_steps
-    assert 0 <= request.lr <= LIMITS.lr + 1e-6
+    assert 0 <= request.lr <= 0.1 + 1e-6
 
 
 def take_reply(content: RecordDict) -> None:
     """A server's way to a reply: what passes are numbers that can be averaged."""
-    result = check_reply(decode(TrainReply, content), steps=3, probes=2, max_abs_g=10.0, announced=9.0)
+    result = check_reply(decode(TrainReply, content), TRAIN, probes=2, strategy=StrategyConfig(max_abs_g=10.0))
     assert result.g.shape == (3, 2)
     assert np.abs(result.g).max() <= 9.0
 
 
 def take_vector(content: RecordDict) -> None:
-    updates = VectorUpdates(size=6, strategy=StrategyConfig(max_abs_g=1e3))
+    updates = VectorUpdates(6, RunSettings(strategy=StrategyConfig(max_abs_g=1e3)))
     result = updates.check(decode(VectorReply, content), dataclasses.replace(TRAIN, lr=0.05))
     assert np.isfinite(result.change).all()
 
@@ -307,9 +308,9 @@ def decoders(made: Path) -> Iterator[tuple[str, Decoder]]:
     def hello(field: str, bad: bytes) -> HelloReply:
         return HelloReply(**{field: bad.decode("utf-8", "replace")})
 
-    yield "label counts", (altered(counts), lambda bad, _: label_counts_of(hello("label_counts", bad)), protocol)
+    yield "label counts", (altered(counts), lambda bad, _: setup_of(0, hello("label_counts", bad)), protocol)
     figures = {"rewrite.accepted": 4.0, "rewrite.gate share": 0.95}
-    yield "stages", (altered(figures), lambda bad, _: figures_of(hello("stages", bad)), protocol)
+    yield "stages", (altered(figures), lambda bad, _: setup_of(0, hello("stages", bad)), protocol)
 
     def scores(bad: bytes, _: Path) -> object:
         evaluators = {"answers": Answers(AnswersConfig())}

@@ -30,7 +30,7 @@ class Workspace:
         loaded: The model.
         replica: The space, moved along the log.
         tokens_per_batch: Most tokens in one forward.
-        forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
+        forward_cost_tokens: What one more forward costs, in tokens (``Planning``).
         lower: The blocks that no trained value lies in or below, where a step runs them once.
         products: How its steps multiply float32 matrices, if they may round (``fedzo.models.products``).
     """

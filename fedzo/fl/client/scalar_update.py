@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.errors import PluginError
 from fedzo.fl.client.local_update import Batches, Workspace
 from fedzo.fl.clip import NO_BOUND, clip, sent_losses
-from fedzo.fl.config import FlConfig, directions_of
+from fedzo.fl.config import Aggregation, directions_of
 from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_to_bytes
-from fedzo.models.forwards import OnRows
+from fedzo.models.forwards import OnRows, Planning
 from fedzo.models.lower_layers import StepStates
 from fedzo.models.products import use_products
 from fedzo.models.scoring import example_losses
@@ -27,6 +26,9 @@ from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
 from fedzo.zo.log import Drift, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
 from fedzo.zo.spaces.base import MasterSpace, RowWeights, Space
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
 
 log = logging.getLogger(__name__)
 _KEPT_BYTES = 64 << 20  # of clients' places on their local paths
@@ -37,34 +39,18 @@ class ScalarUpdate:
     """Steps along directions that all peers know, by scalars: a client sends these, and keeps no vector.
 
     Args:
+        config: The run's settings.
         batches: The rows of each step.
-        task: How examples are judged.
-        fl: The federation's settings.
         estimator: Turns losses into scalars.
-        num_probes: Probes a step.
-        max_abs_g: What scalars are clipped to where a request announces no bound of its own.
-        signs: Whether clients step with and send the signs of their scalars alone.
     """
 
     reply_type: ClassVar[type[TrainReply]] = TrainReply
 
-    def __init__(
-        self,
-        *,
-        batches: Batches,
-        task: TaskConfig,
-        fl: FlConfig,
-        estimator: Estimator,
-        num_probes: int,
-        max_abs_g: float = NO_BOUND,
-        signs: bool = False,
-    ) -> None:
-        self.num_probes = num_probes
-        self.max_abs_g = max_abs_g
-        self.signs = signs
+    def __init__(self, config: RunSettings, batches: Batches, estimator: Estimator) -> None:
+        self.config = config
+        self.num_probes = config.estimator.probes_per_step
+        self.signs = config.strategy.aggregation is Aggregation.majority_sign
         self._batches = batches
-        self._task = task
-        self._fl = fl
         self._estimator = estimator
         self._ahead: dict[tuple[int, int, int], list[Projection]] = {}  # by client, round and step
         self._walks_together = True
@@ -121,7 +107,7 @@ class ScalarUpdate:
                 f"got {len(projections)}. Correct the estimator; fedzo.testing.check_estimator has checks for it."
             )
         g = np.array([projection.g for projection in projections], np.float32)
-        g = clip(g, request.max_abs_g if request.max_abs_g != NO_BOUND else self.max_abs_g)
+        g = clip(g, request.max_abs_g if request.max_abs_g != NO_BOUND else self.config.strategy.scalar_bound)
         dropped = np.array([projection.dropped for projection in projections])
         if self.signs:
             g = np.sign(g)
@@ -227,7 +213,7 @@ class ScalarUpdate:
             step=step,
             probes=self.num_probes,
             owner=request.client,
-            directions=directions_of(self._fl),
+            directions=directions_of(self.config.fl),
         )
 
     def _losses(
@@ -239,18 +225,13 @@ class ScalarUpdate:
         lower: StepStates | None,
         before: OnRows | None = None,
     ) -> Losses:
+        task = self.config.task
+        planning = Planning(at.tokens_per_batch, at.forward_cost_tokens, before=before, lower=lower)
         with use_products(at.products):
-            return example_losses(
-                at.loaded,
-                rows,
-                loss=self._task.loss,
-                tokens_per_batch=at.tokens_per_batch,
-                forward_cost_tokens=at.forward_cost_tokens,
-                before=before,
-                lower=lower,
-                common_shift=self._task.common_shift,
-                owners=owners,
+            losses: Losses = example_losses(
+                at.loaded, rows, planning, loss=task.loss, common_shift=task.common_shift, owners=owners
             )
+        return losses
 
 
 class _Walks:

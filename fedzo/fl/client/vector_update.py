@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, cast
 
+import torch
+
 from fedzo.data.config import TaskConfig
+from fedzo.data.encode import Example
 from fedzo.fl.client.local_update import Batches, Workspace
 from fedzo.fl.clip import sent_losses
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_to_bytes
-from fedzo.models.scoring import graph_loss
+from fedzo.models.arithmetic import DIFFERENTIABLE
+from fedzo.models.forwards import Planning
+from fedzo.models.loaded import LoadedModel
+from fedzo.models.scoring import example_losses
 from fedzo.zo.estimator import GradientEstimator
 from fedzo.zo.spaces.base import DifferentiableSpace, GraphLossFn
 
@@ -49,13 +55,14 @@ class VectorUpdate:
         """Nothing is shared: each client's gradient is its own."""
 
     def _losses(self, at: Workspace, request: TrainRequest) -> Iterator[GraphLossFn]:
+        planning = Planning(at.tokens_per_batch, arithmetic=DIFFERENTIABLE)
         for step in range(request.steps):
             rows = self.batches.of(request, step=step)
-            yield partial(
-                graph_loss,
-                at.loaded,
-                rows,
-                loss=self.task.loss,
-                tokens_per_batch=at.tokens_per_batch,
-                common_shift=self.task.common_shift,
-            )
+            yield partial(self._loss, at.loaded, rows, planning)
+
+    def _loss(self, loaded: LoadedModel, rows: list[Example], planning: Planning) -> torch.Tensor:
+        """The mean, with its graph: of the model's parameters that require a gradient; float64."""
+        losses: torch.Tensor = example_losses(
+            loaded, rows, planning, loss=self.task.loss, common_shift=self.task.common_shift
+        )
+        return losses.mean()

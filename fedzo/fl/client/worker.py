@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.data.kept_digests import RowsChangedError
 from fedzo.data.preprocess import Progress
@@ -19,6 +18,7 @@ from fedzo.data.preprocess.backend import EndpointError, RecipeError
 from fedzo.data.tasks import num_labels
 from fedzo.errors import FedzoError, ProtocolError, printable
 from fedzo.evaluate import Evaluator, evaluate
+from fedzo.evaluate.base import LOSS
 from fedzo.fl.artifact_transfer import receive
 from fedzo.fl.client.local_update import LocalUpdate, Workspace
 from fedzo.fl.config import SiteLimitsConfig
@@ -38,7 +38,6 @@ from fedzo.fl.messages import (
     scalars_to_bytes,
 )
 from fedzo.fl.site_limits import (
-    LOSS,
     SiteError,
     answers_any,
     check_rows,
@@ -101,12 +100,9 @@ class ClientWorker:
         identity: Digests of what this process holds.
         update: Takes local steps.
         clients: Their rows and their model.
-        limits: What a server may ask in this run.
-        task: What examples are made by.
+        limits: The run, the site's file, and what a server may ask by them.
         evaluators: How the model is scored on held-out rows, by name.
-        scored_rows: Most held-out rows that are scored.
         artifacts: Where this process finds the artifact, or keeps it when the server sends it.
-        absent: Planned faults: (client, round) pairs.
     """
 
     def __init__(
@@ -116,25 +112,21 @@ class ClientWorker:
         clients: Clients,
         *,
         limits: Limits,
-        task: TaskConfig,
         evaluators: Mapping[str, Evaluator],
-        scored_rows: int,
         artifacts: ArtifactStore,
-        absent: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
         self.identity = identity
         self.update = update
-        self.space_id = ""
         self._workspace: Workspace | None = None
         self._asked_values: set[int] = set()
         self._part: dict[int, str] = {}
         self._clients = clients
         self._limits = limits
-        self._task = task
+        self._run = limits.run
+        self._site = limits.site.limits
         self._evaluators = evaluators
-        self._scored_rows = scored_rows
         self._artifacts = artifacts
-        self._absent = absent
+        self._absent = parse_absent(limits.run.faults.absent)
 
     def hello(self, request: Hello) -> HelloReply:
         """Register: digests, sizes and label counts of this client. Rows that cannot be used are told of for good.
@@ -147,7 +139,7 @@ class ClientWorker:
         self._limits.check_client(request.client)
         if request.why:
             self._tell(request.client, f"not registered as client {request.client}: {printable(request.why)}")
-        if self._artifacts.find(self._limits.artifact) is None:
+        if self._artifacts.find(self._run.artifact) is None:
             self._limits.check_artifact_size(request.artifact_bytes)
         identity = asdict(self.identity)
         try:
@@ -160,8 +152,7 @@ class ClientWorker:
         except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
             log_failure(request.client, error)
             return HelloReply(config_hash=self.identity.config_hash, refusal=_refusal(error))
-        site = self._limits.site
-        labels = num_labels(self._task)
+        site, labels = self._site, num_labels(self._run.task)
         check_rows(site, num_train=len(data.train), label_counts=data.label_counts, num_labels=labels)
         if not request.why:
             self._tell(request.client, f"registering as client {request.client}")
@@ -196,7 +187,7 @@ class ClientWorker:
         if at is None or status is not Status.ok:
             return self.update.reply_type(status=status, position=at.replica.position if at else 0)
         reply = self.update.make(at, request)
-        if leaves(self._limits.site, LOSS):
+        if leaves(self._site, LOSS):
             return reply
         unknown = np.full(len(reply.loss) // 4, np.nan, np.float32)  # as many, and none of them a number
         return replace(reply, loss=scalars_to_bytes(unknown))
@@ -223,7 +214,7 @@ class ClientWorker:
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return EvaluateReply(status=status, position=at.replica.position if at else 0)
-        rows = self._clients.data(request.client).heldout[: self._scored_rows]
+        rows = self._clients.data(request.client).heldout[: self._run.evaluation.federated_max_rows]
         plain: dict[str, Any] = {}
         faults: list[Exception] = []
         for name, evaluator in self._evaluators.items():
@@ -253,11 +244,12 @@ class ClientWorker:
 
     def _score(self, name: str, evaluator: Evaluator, at: Workspace, rows: list[Example]) -> PartialScore | None:
         """What an evaluator finds on the rows, as far as it may leave the site."""
-        measure, site = evaluator.measure(self._task), self._limits.site
+        task, site = self._run.task, self._site
+        measure = evaluator.measure(task)
         if not rows or not answers_any(site, [measure.metric, LOSS, *measure.numbers], num_rows=len(rows)):
             return None
-        score = evaluate(name, evaluator, at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
-        return leaving(site, score, num_labels=num_labels(self._task))
+        score = evaluate(name, evaluator, at.loaded, rows, task, tokens_per_batch=at.tokens_per_batch)
+        return leaving(site, score, num_labels=num_labels(task))
 
     def _must_be_prepared(self, client: int) -> None:
         """Within a round nobody waits for stages: a process that was started again finds their result, or says so."""
@@ -276,13 +268,10 @@ class ClientWorker:
                 "Start server and clients with the same configuration."
             )
         self._limits.check_state(request, asked_values=request.client in self._asked_values)
-        if request.space_id != self.space_id:
-            artifact = self._artifacts.find(request.space_id)
-            if artifact is None:
+        if self._workspace is None:
+            if (artifact := self._artifacts.find(request.space_id)) is None:
                 return None, Status.bare
             self._workspace = self._clients.workspace(artifact, asked=request.client)
-            self.space_id = request.space_id
-        assert self._workspace is not None
         status = self._workspace.replica.sync(request)
         if status is Status.mismatch:
             self._asked_values.add(request.client)

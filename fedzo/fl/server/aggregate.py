@@ -13,8 +13,8 @@ import numpy as np
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.clip import LARGE_LOSS, NO_BOUND, far_off, largest_of
-from fedzo.fl.config import Aggregation, Weighting
-from fedzo.fl.messages import TrainReply, scalars_from_bytes, signs_from_bytes
+from fedzo.fl.config import Aggregation, StrategyConfig, Weighting
+from fedzo.fl.messages import TrainReply, TrainRequest, scalars_from_bytes, signs_from_bytes
 from fedzo.records.scores import MOST_LOSS
 from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_key
 from fedzo.zo.log import RoundRecord, Scalars
@@ -59,27 +59,19 @@ class ClientResult:
 
 
 def check_reply(
-    reply: TrainReply,
-    *,
-    steps: int,
-    probes: int,
-    max_abs_g: float,
-    announced: float = NO_BOUND,
-    signs: bool = False,
-    all_may_drop: bool = True,
+    reply: TrainReply, request: TrainRequest, *, probes: int, strategy: StrategyConfig, all_may_drop: bool = True
 ) -> ClientResult:
     """The reply as numbers, or ``ProtocolError`` saying why it cannot be used.
 
     Args:
         reply: What the client sent.
-        steps: T of the request.
+        request: What it was asked: T steps, clipped to a bound.
         probes: P.
-        max_abs_g: ``strategy.scalar_bound``, to which a sign, whose size is 1, is not compared.
-        announced: The request's own ``max_abs_g``, to which the client had to clip.
-        signs: Whether ``g`` holds a bit a probe. A dropped one counts as 0 then, whatever its bit.
+        strategy: Its aggregation says whether ``g`` holds signs, a bit a probe, of which a dropped one counts as 0.
+            Other scalars are held to the request's bound.
         all_may_drop: Whether a reply without any finite loss counts as one of zeros.
     """
-    shape = (steps, probes)
+    shape, signs = (request.steps, probes), strategy.aggregation is Aggregation.majority_sign
     g = (signs_from_bytes if signs else scalars_from_bytes)(reply.g, shape=shape, what="g")
     loss = checked_losses(reply.loss, shape=shape)
     if len(reply.dropped) != g.size:
@@ -89,10 +81,10 @@ def check_reply(
         g[dropped] = 0
     if not np.isfinite(g).all():
         raise ProtocolError("g must be finite; a probe without a finite loss is sent as 0 with its flag")
-    if (worst := float(np.abs(g).max())) > max_abs_g and not signs:
-        raise ProtocolError(f"|g| must be at most strategy.max_abs_g = {max_abs_g:g}, got {worst:g}")
-    if announced != NO_BOUND and worst > announced:
-        raise ProtocolError(f"|g| must be at most the announced bound {announced:g}, got {worst:g}")
+    if (worst := float(np.abs(g).max())) > strategy.scalar_bound and not signs:
+        raise ProtocolError(f"|g| must be at most strategy.max_abs_g = {strategy.scalar_bound:g}, got {worst:g}")
+    if request.max_abs_g != NO_BOUND and worst > request.max_abs_g:
+        raise ProtocolError(f"|g| must be at most the announced bound {request.max_abs_g:g}, got {worst:g}")
     if dropped.all() and not all_may_drop:
         raise ProtocolError("no probe had a finite loss, which this server optimizer cannot use")
     if (g[dropped] != 0).any():
@@ -129,12 +121,9 @@ def aggregate(
     *,
     round: int,
     lr: float,
-    steps: int,
-    probes: int,
     directions: int,
+    strategy: StrategyConfig,
     own_columns: bool = False,
-    aggregation: Aggregation = Aggregation.mean,
-    trim_share: float = 0.0,
     normalise: bool = False,
 ) -> RoundRecord:
     """A round's scalars c[t, p] from those of its responders; the mean is sum s_k g_k[t, p] / P (``shares``).
@@ -147,25 +136,24 @@ def aggregate(
     Where directions are not shared each client keeps its own column instead of being summed.
 
     Args:
-        results: Checked answers, by client.
+        results: Checked answers, by client, of equal P; T is that of the client with most steps.
         weights: w of every client; the mean alone reads them.
         round: Number of the round.
         lr: Its learning rate.
-        steps: T.
-        probes: P.
         directions: Along which directions the clients stepped (``fedzo.zo.seeds``). Only scalars along the same
             direction can be compared, so where they are not shared there is but the mean.
-        own_columns: Keep each client's own scalars g_k[t, p] / P, for a server optimizer that walks each client's path.
-        aggregation: How the scalars of a probe become one: median, trimmed mean (arXiv 1803.01498) and majority of
+        strategy: How the scalars of a probe become one: median, trimmed mean (arXiv 1803.01498) and majority of
             signs (FeedSign, arXiv 2501.17610) are taken of g_k[t, p] over the clients and divided by P.
-        trim_share: ``strategy.trim_share``.
+        own_columns: Keep each client's own scalars g_k[t, p] / P, for a server optimizer that walks each client's path.
         normalise: Whether the mean's shares make up for unequal steps.
     """
-    clients = sorted(results)
+    clients, aggregation = sorted(results), strategy.aggregation
+    steps = {client: len(results[client].g) for client in clients}
+    (probes,) = {result.g.shape[1] for result in results.values()}
     share = dict.fromkeys(clients, 1.0)
     if aggregation is Aggregation.mean and not own_columns:
-        share = shares(weights, {client: len(results[client].g) for client in clients}, normalise=normalise)
-    g = np.zeros((steps, probes, len(clients)), np.float64)
+        share = shares(weights, steps, normalise=normalise)
+    g = np.zeros((max(steps.values()), probes, len(clients)), np.float64)
     for column, client in enumerate(clients):
         own = results[client].g.astype(np.float64)
         g[: len(own), :, column] = share[client] * own / probes
@@ -176,13 +164,13 @@ def aggregate(
         )
     match aggregation:
         case Aggregation.mean:
-            c = np.zeros((steps, probes), np.float64)
+            c = np.zeros(g.shape[:2], np.float64)
             for column in range(len(clients)):
                 c += g[:, :, column]
         case Aggregation.median:
             c = _of_takers(g, results, lambda part: np.median(part, axis=1))
         case Aggregation.trimmed_mean:
-            c = _of_takers(g, results, trimming(trim_share, len(clients)))
+            c = _of_takers(g, results, trimming(strategy.trim_share, len(clients)))
         case Aggregation.majority_sign:
             c = _of_takers(np.sign(g), results, lambda part: np.sign(part.sum(axis=1))) / probes  # a tie moves nothing
     return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])

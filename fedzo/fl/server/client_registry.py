@@ -20,15 +20,7 @@ from dataclasses import dataclass, field
 from fedzo.errors import ConfigError, ProtocolError, printable
 from fedzo.fl.exchange import Grid, Outbox, Question, message_of, read
 from fedzo.fl.messages import Hello, HelloReply, Identity
-from fedzo.fl.server.registration import (
-    First,
-    Pace,
-    Place,
-    Preparing,
-    figures_of,
-    label_counts_of,
-    registration_problem,
-)
+from fedzo.fl.server.registration import Pace, Place, Preparing, registration_problem, setup_of
 from fedzo.records.metrics import ClientSetup
 from fedzo.records.presence import ClientPresence, Presence
 
@@ -47,9 +39,8 @@ class ClientRegistry:
 
     Attributes:
         nodes: Flower node id of each client that can be asked; it changes only in ``wait``, ``refresh`` and ``note``.
-        hellos: Registration of each client, also of those that left.
-        label_counts: The training rows by label that each of these declared.
-        figures: What the stages of each of these tell of its rows.
+        clients: What each client registered with, also of those that left, or that the run's record tells of.
+        hellos: The last registration of each that has registered since the server began.
         pace: How long clients take for their answers.
         num_labels: Labels of the task; 0 where it has none.
         artifact_bytes: Of what the space needs beside the model.
@@ -60,27 +51,20 @@ class ClientRegistry:
     num_labels: int = 0
     artifact_bytes: int = 0
     nodes: dict[int, int] = field(default_factory=dict)
+    clients: dict[int, ClientSetup] = field(default_factory=dict)
     hellos: dict[int, HelloReply] = field(default_factory=dict)
-    label_counts: dict[int, Mapping[str, int]] = field(default_factory=dict)
-    figures: dict[int, Mapping[str, float]] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
     _places: dict[int, Place] = field(default_factory=dict)
     _outbox: Outbox[int] = field(default_factory=Outbox)
     _reasons: dict[int, str] = field(default_factory=dict)
     _most: dict[int, tuple[int, float]] = field(default_factory=dict)  # prepared rows as never before, and since when
-    _seen: set[int] = field(default_factory=set)
     _last_seen: dict[int, int | None] = field(default_factory=dict)
     _next_look: float = 0.0
     _begun: bool = False
 
     def recall(self, clients: Sequence[ClientSetup]) -> None:
         """Take the registrations of a run that is resumed from its record: they hold to its end."""
-        self._begun = True
-        for row in clients:
-            self.hellos[row.client] = HelloReply(
-                num_train=row.num_train, num_heldout=row.num_heldout, rows_digest=row.rows_digest
-            )
-            self.label_counts[row.client] = row.label_counts if self.num_labels else {}  # else a simulation's own
+        self._begun, self.clients = True, {row.client: row for row in clients}
 
     def wait(
         self,
@@ -191,7 +175,7 @@ class ClientRegistry:
             if not place.silence or place.preparing or place.node in self._reasons:
                 continue
             if not place.registered:
-                rests[client] = f"{place.silence} once it answers a greeting"
+                rests[client] = f"{place.silence} once it registers"
             elif round < place.silence.again:
                 rests[client] = f"{place.silence} in round {place.silence.again}"
         return rests
@@ -252,7 +236,7 @@ class ClientRegistry:
     def _why(self, place: Place) -> str:
         """What a site is told of why it does not take part, unless that is what it said itself."""
         if place.silence:
-            return f"{place.silence} once it answers a greeting"
+            return f"{place.silence} once it registers"
         return "" if place.unable else self._reasons.get(place.node, "")
 
     def _look(self, grid: Grid) -> None:
@@ -282,9 +266,7 @@ class ClientRegistry:
                 self._places[client] = Place(node)
                 self._reasons.pop(node, None)
             elif (first := self._places[client].node) != node:
-                self._tell(
-                    node, f"node {node} is client {client}, as node {first} is: it is ignored until that one leaves"
-                )
+                self._tell(node, f"node {node} is ignored until node {first} leaves: both are client {client}")
 
     def _failed(self, client: int, reason: str, *, unable: bool = False) -> None:
         """A greeting that did not let a node in is repeated, less and less often."""
@@ -308,8 +290,10 @@ class ClientRegistry:
             reply, place.reply = place.reply, None
             if reply is None or place.registered:
                 continue
-            first = First(self.hellos[client], self.label_counts.get(client)) if client in self.hellos else None
-            if problem := registration_problem(reply, identity=self.identity, num_labels=self.num_labels, first=first):
+            problem = registration_problem(
+                client, reply, identity=self.identity, num_labels=self.num_labels, first=self.clients.get(client)
+            )
+            if problem:
                 self._failed(client, f"node {place.node} is refused: client {client}: {problem}")
             elif reply.refusal:
                 why = f"client {client} cannot take part: {reply.refusal.text}. Its own log says why"
@@ -317,12 +301,11 @@ class ClientRegistry:
             elif reply.preparing:
                 self._note_progress(client, reply)
             else:
-                if client in self._seen:
+                if client in self.hellos:
                     log.warning("client %d %s", client, "answers again" if place.silence else "came back")
                 self._reasons.pop(place.node, None)
-                self.hellos[client], place.registered, place.preparing = reply, True, None
-                self.label_counts[client], self.figures[client] = label_counts_of(reply), figures_of(reply)
-                self._seen.add(client)
+                self.hellos[client], self.clients[client] = reply, setup_of(client, reply)
+                place.registered, place.preparing = True, None
                 if not place.silence:
                     joined.append(client)
         return joined

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.server.aggregate import Result
 from fedzo.fl.server.updates import Replies
 from fedzo.records.fields import MOST_TEXT
-from fedzo.records.metrics import ClientRound, Round
+from fedzo.records.log import ClientAudit, RoundAudit
+from fedzo.records.metrics import ClientRound, Round, StepSignals
 from fedzo.records.scores import known
 from fedzo.zo.log import LogRecord
 
@@ -16,7 +19,8 @@ from fedzo.zo.log import LogRecord
 def round_metrics(
     record: LogRecord,
     replies: Replies[Result],
-    clients: tuple[ClientRound, ...],
+    audit: RoundAudit,
+    signals: Mapping[int, StepSignals],
     *,
     clipped: int,
     wire: Traffic | None,
@@ -29,7 +33,8 @@ def round_metrics(
     Args:
         record: What is committed.
         replies: What it was made of.
-        clients: What each client measured.
+        audit: What the log keeps of these.
+        signals: Of each client's steps.
         clipped: Scalars on the announced bound.
         wire: All bytes since the round before; None where there is no network.
         down_bytes: Payload that brings the clients that answered to the round's end: scalars, or values.
@@ -37,6 +42,16 @@ def round_metrics(
         round_seconds: What the round took.
     """
     results, refused = replies.results.values(), sorted(replies.refused.items())
+    clients = tuple(
+        ClientRound(
+            client=entry.client,
+            loss=known(finite_mean(entry.loss)),
+            abs_g=known(float(np.abs(entry.g).mean())) if isinstance(entry, ClientAudit) else None,
+            steps=entry.steps,
+            signals=signals[entry.client],
+        )
+        for entry in audit.clients
+    )
     return Round(
         seconds=seconds,
         round=record.round,

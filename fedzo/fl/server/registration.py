@@ -13,6 +13,7 @@ from fedzo.errors import ProtocolError
 from fedzo.fl.messages import HelloReply, Identity
 from fedzo.records.decode import decode_json
 from fedzo.records.fields import Figures, LabelCounts
+from fedzo.records.metrics import ClientSetup
 
 
 @dataclass(slots=True)
@@ -83,27 +84,29 @@ class Pace:
         return f"answered in {self._took[client]:.1f} s" if client in self._took else ""
 
 
-@dataclass(frozen=True, slots=True)
-class First:
-    """What a client registered with at first.
+def setup_of(client: int, reply: HelloReply) -> ClientSetup:
+    """What a client registers with, as the run keeps it; ``ProtocolError`` for counts or figures that are none."""
+    return ClientSetup(
+        client=client,
+        num_train=reply.num_train,
+        num_heldout=reply.num_heldout,
+        rows_digest=reply.rows_digest,
+        label_counts=decode_json(LabelCounts, reply.label_counts, where="label_counts", error=ProtocolError),
+        stages=decode_json(Figures, reply.stages, where="stages", error=ProtocolError),
+    )
 
-    Attributes:
-        reply: Its registration.
-        label_counts: Its training rows by label; None where the server was not told.
-    """
 
-    reply: HelloReply
-    label_counts: Mapping[str, int] | None
-
-
-def registration_problem(reply: HelloReply, *, identity: Identity, num_labels: int, first: First | None = None) -> str:
+def registration_problem(
+    client: int, reply: HelloReply, *, identity: Identity, num_labels: int, first: ClientSetup | None
+) -> str:
     """Why a client does not belong to the run, or an empty string: all peers must mean the same run.
 
     Args:
+        client: Its index.
         reply: What it answers to a greeting.
         identity: What the server holds.
         num_labels: Labels of the task; 0 where clients tell no counts.
-        first: What the client registered with before.
+        first: What the client registered with before; None where it has not.
     """
     peers = {"configuration": (identity.config_hash, reply.config_hash)}
     if not reply.refusal:  # which says nothing of what the client holds
@@ -121,49 +124,35 @@ def registration_problem(reply: HelloReply, *, identity: Identity, num_labels: i
         return ""
     if reply.prepared > reply.preparing:
         return f"no more rows can be prepared than the {reply.preparing} that it prepares, got {reply.prepared}."
-    return "" if reply.preparing else _rows_problem(reply, num_labels=num_labels, first=first)
+    return "" if reply.preparing else _rows_problem(client, reply, num_labels=num_labels, first=first)
 
 
-def _rows_problem(reply: HelloReply, *, num_labels: int, first: First | None) -> str:
+def _rows_problem(client: int, reply: HelloReply, *, num_labels: int, first: ClientSetup | None) -> str:
     if reply.num_train < 1:
         return f"it must have at least one training row, got {reply.num_train}."
     if reply.num_train_cut > reply.num_train or reply.num_heldout_cut > reply.num_heldout:
         return "no more of its rows can be cut than it has."
     try:
-        counts = label_counts_of(reply)
-    except ProtocolError:
-        return f"label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
-    try:
-        figures_of(reply)
-    except ProtocolError:
-        return f"stages must be a JSON object of at most 64 finite numbers by name, got {reply.stages!r:.80}."
+        now = setup_of(client, reply)
+    except ProtocolError as error:
+        return str(error)
     labels = {str(label) for label in range(num_labels)}
-    if not labels.issuperset(counts) or sum(counts.values()) != (reply.num_train if labels else 0):
+    if not labels.issuperset(now.label_counts) or sum(now.label_counts.values()) != (now.num_train if labels else 0):
         return (
             f"label_counts must count its {reply.num_train} training rows by label (0 to {num_labels - 1}), or be "
             f"empty where the task has none, got {reply.label_counts!r:.80}."
         )
     if first is None:
         return ""
-    before = counts if first.label_counts is None else first.label_counts
-    if (reply.num_train, counts) != (first.reply.num_train, before):
+    counts = first.label_counts if labels else {}  # where clients tell none, a simulation's record has the server's own
+    if (now.num_train, now.label_counts) != (first.num_train, counts):
         return (
-            f"it must hold the rows that it registered with ({first.reply.num_train} to train), "
-            f"got {reply.num_train}. Its weight and its data position depend on them."
+            f"it must hold the rows that it registered with ({first.num_train} to train), "
+            f"got {now.num_train}. Its weight and its data position depend on them."
         )
-    if first.reply.rows_digest != reply.rows_digest:
+    if first.rows_digest != now.rows_digest:
         return (
             "the digest of its rows must be the one that it registered with, got another. "
             "Put its rows, what its stages made of them, and the secret with which its site makes the digest, back."
         )
     return ""
-
-
-def label_counts_of(reply: HelloReply) -> dict[str, int]:
-    """Training rows by label; ``ProtocolError`` for anything else."""
-    return decode_json(LabelCounts, reply.label_counts, where="label_counts", error=ProtocolError)
-
-
-def figures_of(reply: HelloReply) -> dict[str, float]:
-    """What the client's stages tell of its rows, by name; ``ProtocolError`` for anything else."""
-    return decode_json(Figures, reply.stages, where="stages", error=ProtocolError)

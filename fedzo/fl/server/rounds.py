@@ -21,12 +21,12 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from fedzo.errors import FedzoError, ProtocolError, printable
-from fedzo.fl.config import FlConfig, StrategyConfig, Transport, Weighting
+from fedzo.fl.config import Transport, Weighting
 from fedzo.fl.exchange import Answers, Grid, Traffic
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import EvaluateReply, EvaluateRequest, TrainRequest
@@ -38,14 +38,16 @@ from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, checked_plan, new
 from fedzo.fl.server.sync import StateSync
 from fedzo.fl.server.turnout import Turnout
 from fedzo.fl.server.updates import Replies, Updates
-from fedzo.records.fields import MOST_STEPS
 from fedzo.records.log import AuditLine, RoundAudit
 from fedzo.records.metrics import MetricRecord, Round, StepDecision
 from fedzo.records.presence import Presence
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.log import LogRecord
-from fedzo.zo.server_optimizer import ServerOptimizerConfig, learning_rate
+from fedzo.zo.server_optimizer import learning_rate
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,6 @@ class Server:
         artifact: What clients need beside the model to build the space.
         updates: What is done with replies, by the kind of local update.
         step_policy: Says how many local steps each client takes in a round.
-        most_steps: Most local steps of a client in one round.
         label_counts: Training rows by label of every client, where the server knows them without being told.
         sink: Where metric records go.
         elapsed: Seconds since the run started.
@@ -83,17 +84,12 @@ class Server:
     replica: Replica
     store: RunStore
     artifact: Artifact
-    run_seed: int
-    fl: FlConfig
-    strategy: StrategyConfig
-    server_optimizer: ServerOptimizerConfig
+    config: RunSettings
     updates: Updates[Any]
     step_policy: StepPolicy
     sink: Sink
     elapsed: Callable[[], float]
-    most_steps: int = MOST_STEPS
     label_counts: Mapping[int, Mapping[str, int]] | None = None
-    shuffle_replies: bool = False
     beside: Callable[[], None] = lambda: None
     while_waiting: Callable[[], None] = lambda: None
     _used: dict[int, int] = field(default_factory=dict)
@@ -113,17 +109,13 @@ class Server:
             replica=self.replica,
             store=self.store,
             artifact=self.artifact,
-            fl=self.fl,
-            deadline_s=self.strategy.deadline_s,
-            shuffle_seed=self.run_seed if self.shuffle_replies else None,
+            config=self.config,
             beside=self.beside,
         )
         self._turnout = Turnout(
             grid=self.grid,
             client_registry=self.client_registry,
-            num_clients=self.fl.num_clients,
-            run_seed=self.run_seed,
-            strategy=self.strategy,
+            config=self.config,
             joined=self._state_sync.forget,
             while_waiting=self.while_waiting,
         )
@@ -144,7 +136,7 @@ class Server:
         """Rounds that are committed."""
         return len(self.store.records)
 
-    def catch_up(self, advance: OnProgress = lambda done, total: None) -> None:
+    def catch_up(self, advance: OnProgress = untold) -> None:
         """After opening an old log: replay it, and prove the result by its last check."""
         self.replica.goto(self.round, self.store.records, advance)
         if self.store.rounds:
@@ -152,15 +144,16 @@ class Server:
 
     def warn_of_cut_sizes(self) -> None:
         """Once the clients have registered: say whose declared rows do not all count."""
-        if self.strategy.weighting is Weighting.size:
-            hellos = self.client_registry.hellos
-            cut = sorted(client for client, weight in self._weights.items() if weight < hellos[client].num_train)
+        strategy = self.config.strategy
+        if strategy.weighting is Weighting.size:
+            clients = self.client_registry.clients
+            cut = sorted(client for client, weight in self._weights.items() if weight < clients[client].num_train)
             if cut:
                 log.warning(
-                    "strategy.size_cap: the rows of clients %s count as %g times the median of all clients' rows; "
+                    "strategy.size_cap: the rows of clients %s count only as %g times the median of all clients. "
                     "Write 0 to remove the cap if all clients are trusted.",
                     cut,
-                    self.strategy.size_cap,
+                    strategy.size_cap,
                 )
 
     def run_round(self) -> LogRecord:
@@ -172,9 +165,10 @@ class Server:
         started = time.monotonic()
         self._turnout.begin()
         plan = self._plan()
-        lr = learning_rate(self.server_optimizer, round=self.round, rounds=self.fl.rounds)
+        server_optimizer = self.config.server_optimizer
+        lr = learning_rate(server_optimizer, round=self.round, rounds=self.config.fl.rounds)
         if plan.calibration:
-            lr = float(np.float32(self.server_optimizer.base_lr))  # a warm-up would leave nothing to see
+            lr = float(np.float32(server_optimizer.base_lr))  # a warm-up would leave nothing to see
         replies = self._ask(plan, lr=lr)
         record = self.updates.combine(replies)
         self._warn_if_lost(replies.results)
@@ -186,7 +180,8 @@ class Server:
             round_metrics(
                 record,
                 replies,
-                self.updates.clients(record, replies, audit),
+                audit,
+                self.updates.signals(record, audit),
                 clipped=self.updates.num_clipped(replies),
                 wire=self._wire_since(),
                 down_bytes=self._down_bytes(record, replies.results),
@@ -200,7 +195,9 @@ class Server:
     @property
     def known_label_counts(self) -> Mapping[int, Mapping[str, int]]:
         """Training rows of the clients by label, as far as the server knows them."""
-        return self.client_registry.label_counts if self.label_counts is None else self.label_counts
+        if self.label_counts is None:
+            return {client: row.label_counts for client, row in self.client_registry.clients.items()}
+        return self.label_counts
 
     def presence(self) -> Presence:
         """Who takes part at the moment, for people."""
@@ -223,7 +220,7 @@ class Server:
 
     def _ask(self, plan: Plan, *, lr: float) -> Replies[Result]:
         """What the round's clients (``Turnout.groups``) are asked, and what they answer."""
-        bound, weights = self.updates.bound(), self._weights
+        bound, weights, strategy = self.updates.bound(), self._weights, self.config.strategy
         self.grid.limit_replies(self.updates.reply_bytes(max(plan.steps.values())))
         results: dict[int, Result] = {}
         refused: dict[int, str] = {}
@@ -241,11 +238,11 @@ class Server:
                 refused.pop(client, None)
             refused |= answers.refused
             results |= self._usable(answers.replies, requests, refused)
-            far_off = self.updates.far_off(results) if self.strategy.clip_factor else {}
+            far_off = self.updates.far_off(results) if strategy.clip_factor else {}
             for client, reason in far_off.items():
                 self._refuse(client, reason, refused)
                 del results[client]
-            if len(results) >= self.strategy.min_replies:
+            if len(results) >= strategy.min_replies:
                 return Replies(
                     round=self.round,
                     lr=lr,
@@ -259,7 +256,7 @@ class Server:
                 )
         why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
         raise FederationError(
-            f"round {self.round}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, got "
+            f"round {self.round}: strategy.min_replies = {strategy.min_replies} usable replies are needed, got "
             f"{len(results)} ({why}). The log is kept. Repair the clients and continue with `fedzo resume`."
         )
 
@@ -294,15 +291,16 @@ class Server:
     def coming_plan(self) -> Plan:
         """What the coming round asks of each client."""
         audit = cast(Sequence[AuditLine], self.store.audit)  # whoever reads scalars is refused where there are none
-        counts, fl = self.known_label_counts, self.fl
-        return checked_plan(self.step_policy, audit, counts, num_clients=fl.num_clients, most_steps=self.most_steps)
+        counts, fl = self.known_label_counts, self.config.fl
+        most = self.config.step_policy.most_steps(fl)
+        return checked_plan(self.step_policy, audit, counts, num_clients=fl.num_clients, most_steps=most)
 
     def _plan(self) -> Plan:
         """The coming plan; a new decision is told."""
-        plan = self.coming_plan()
-        last = self.round + 1 == self.fl.rounds
+        plan, fl = self.coming_plan(), self.config.fl
+        last = self.round + 1 == fl.rounds
         record = news(
-            plan, self._decision, round=self.round, last=last, seconds=self.elapsed(), local_steps=self.fl.local_steps
+            plan, self._decision, round=self.round, last=last, seconds=self.elapsed(), local_steps=fl.local_steps
         )
         if record:
             self._decision = record
@@ -312,15 +310,16 @@ class Server:
     @property
     def _weights(self) -> Mapping[int, float]:
         """Fixed at registration, never taken from a reply."""
-        rows = {client: hello.num_train for client, hello in self.client_registry.hellos.items()}
-        return client_weights(rows, self.strategy.weighting, size_cap=self.strategy.size_cap)
+        rows = {client: row.num_train for client, row in self.client_registry.clients.items()}
+        strategy = self.config.strategy
+        return client_weights(rows, strategy.weighting, size_cap=strategy.size_cap)
 
     def _commit(self, record: LogRecord, audit: RoundAudit) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
         self.replica.advance([record])
-        last = record.round + 1 == self.fl.rounds
-        proof = self.replica.proof(digest=last or (record.round + 1) % self.fl.hash_every == 0)
+        done, fl = record.round + 1, self.config.fl
+        proof = self.replica.proof(digest=done == fl.rounds or done % fl.hash_every == 0)
         self.store.commit(record, attendance=[entry.client for entry in audit.clients], proof=proof, audit=audit)
         self._count_steps(audit)
         self._payload_bytes.append(self._payload_bytes[-1] + record.payload_bytes)
@@ -334,7 +333,7 @@ class Server:
 
     def _down_bytes(self, record: LogRecord, clients: Collection[int]) -> int:
         """Payload that brings clients from the end of their last round to that of a new one: records, or values."""
-        if self.fl.transport is Transport.values:
+        if self.config.fl.transport is Transport.values:
             return self.replica.snapshot_bytes * len(clients)
         total = record.payload_bytes * len(clients)
         for client in clients:

@@ -6,13 +6,11 @@ The running means are a function of the audit log, so those of a resumed run are
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fedzo.fl.server.aggregate import ClientResult
 from fedzo.fl.server.metrics import finite_mean
 from fedzo.records.log import AuditLine
 from fedzo.records.metrics import StepSignals
@@ -62,33 +60,30 @@ class Signals:
                 column = 0 if line.xi.shape[2] == 1 else index  # shared directions, or a column a client
                 tally.abs_grad_ip += float(np.abs(step_products(g, line.xi, column))[measured].sum())
 
-    def of_round(
-        self, record: RoundRecord, results: Mapping[int, ClientResult], line: AuditLine
-    ) -> dict[int, StepSignals]:
+    def of_round(self, record: RoundRecord, line: AuditLine) -> dict[int, StepSignals]:
         """Per client the signals of each step, and the means over all lines that were noted.
 
         Six digits; None where unknown: a step without a finite loss, or no gradient to compare with.
 
         Args:
             record: The round, whose line was noted last.
-            results: Its usable replies.
             line: What the audit log holds of it.
         """
-        scalars = {client: results[client].g for client in sorted(results)}
+        scalars = {entry.client: entry.g for entry in line.clients}
         paths = {}
         if self._gradient is not None and line.xi is not None:
             paths = virtual_paths(
                 self._gradient, scalars, record, line.xi, run_seed=self._run_seed, distribution=self._distribution
             )
         found = {}
-        for client, g in scalars.items():
-            unknown, path = np.all(results[client].dropped, axis=1), paths.get(client)
-            mean_abs_grad_ip, mean_abs_g = self._means(client)
-            found[client] = StepSignals(
-                grad_ip=_list(path.grad_ip, unknown) if path else (None,) * len(g),
-                abs_g=_list(np.abs(g.astype(np.float64)).mean(axis=1), unknown),
-                loss=tuple(short(finite_mean(step)) for step in results[client].loss),
-                cosine=_list(path.cosine, unknown) if path else (None,) * len(g),
+        for entry in line.clients:
+            unknown, path = np.all(entry.dropped, axis=1), paths.get(entry.client)
+            mean_abs_grad_ip, mean_abs_g = self._means(entry.client)
+            found[entry.client] = StepSignals(
+                grad_ip=_list(path.grad_ip, unknown) if path else (None,) * entry.steps,
+                abs_g=_list(np.abs(entry.g.astype(np.float64)).mean(axis=1), unknown),
+                loss=tuple(short(finite_mean(step)) for step in entry.loss),
+                cosine=_list(path.cosine, unknown) if path else (None,) * entry.steps,
                 mean_abs_grad_ip=mean_abs_grad_ip,
                 mean_abs_g=mean_abs_g,
             )

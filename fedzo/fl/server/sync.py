@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.artifact_transfer import deliver
-from fedzo.fl.config import FlConfig, Transport
+from fedzo.fl.config import Transport
 from fedzo.fl.exchange import Answers, Grid, Question, Talk, converse
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import Status, Sync
@@ -18,6 +18,9 @@ from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 from fedzo.zo.log import RoundRecord, pack
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 4  # a first request, and one each for a missing space, a gap in the log and a wrong hash
@@ -36,21 +39,12 @@ Request = TypeVar("Request", bound=Sync)
 Reply = TypeVar("Reply", bound=Answer)
 
 
-class Remedy(TypedDict, total=False):
-    """What a request carries beyond the log since its client's last round."""
-
-    from_round: int
-    values: bool
-
-
 @dataclass(kw_only=True, slots=True)
 class StateSync:
     """What the server knows of the state of each client.
 
     Attributes:
         artifact: What clients need beside the model to build the space.
-        deadline_s: How long asking may take, help included.
-        shuffle_seed: Replies come in an order drawn from it, round by round; in the order of the clients without.
         beside: Called again and again while replies are awaited.
     """
 
@@ -59,9 +53,7 @@ class StateSync:
     replica: Replica
     store: RunStore
     artifact: Artifact
-    fl: FlConfig
-    deadline_s: float
-    shuffle_seed: int | None = None
+    config: RunSettings
     beside: Callable[[], None] = lambda: None
     _acked: dict[int, int] = field(default_factory=dict)
     _given_values: set[int] = field(default_factory=set)
@@ -71,7 +63,7 @@ class StateSync:
     def ask(self, requests: Mapping[int, Request], reply_type: type[Reply]) -> Answers[Reply]:
         """Ask clients at the present state; help those that cannot reach it, at most once for each kind of trouble.
 
-        All of it ends at the deadline.
+        All of it ends at the deadline. Replies come in the order of the clients, unless ``faults`` shuffle them.
         """
         state, registry = self._state(), self.client_registry
         registry.pace.asked(requests)
@@ -79,7 +71,7 @@ class StateSync:
             self.grid,
             {client: self._talk(client, request, state, reply_type) for client, request in requests.items()},
             nodes=registry.nodes,
-            deadline_s=self.deadline_s,
+            deadline_s=self.config.strategy.deadline_s,
             beside=self._beside,
         )
         replies = answers.replies
@@ -89,8 +81,8 @@ class StateSync:
         if answers.mute or answers.gone:
             registry.beside(self.grid)  # so that a greeting may be answered before the next round
         ordered = sorted(replies)
-        if self.shuffle_seed is not None:
-            key = stream_key(self.shuffle_seed, round=self._round, owner=0)
+        if self.config.faults.shuffle_replies:
+            key = stream_key(self.config.seed, round=self._round, owner=0)
             ordered = [ordered[i] for i in permutation(key, len(ordered), purpose=PURPOSE_SAMPLING)]
         return replace(answers, replies={client: replies[client] for client in ordered})
 
@@ -102,23 +94,38 @@ class StateSync:
 
     def _talk(self, client: int, request: Request, state: Mapping[str, Any], reply_type: type[Reply]) -> Talk[Reply]:
         """Ask one client, and help it to the server's state until it can answer."""
-        remedy: Remedy = {}
+        start, values, was_told = self._acked.get(client, 0), False, False
         for _ in range(ATTEMPTS):
-            filled = self._fill(request, client, state, **remedy)
+            filled = self._fill(request, state, start=start, values=values)
             reply = yield Question(filled, reply_type)
-            if reply.status is Status.ok:
-                self._acked[client] = self._round
-                if filled.log:  # its replay is the server's
-                    self._given_values.discard(client)
-                return cast(Reply, reply)
-            if reply.status is Status.bare:
-                yield from deliver(self.artifact, client=client)
-            elif reply.status is Status.behind and not reply.position < filled.from_round:
-                raise ProtocolError(
-                    f"position: a client that is behind must be before round {filled.from_round}, where the log that "
-                    f"it was sent begins, got {reply.position}"
-                )
-            remedy = self._remedy(client, reply, remedy)
+            match reply.status:
+                case Status.ok:
+                    self._acked[client] = self._round
+                    if filled.log:  # its replay is the server's
+                        self._given_values.discard(client)
+                    return cast(Reply, reply)
+                case Status.bare:
+                    yield from deliver(self.artifact, client=client)
+                    start, was_told = 0, True
+                case Status.behind:
+                    if reply.position >= filled.from_round:
+                        raise ProtocolError(
+                            f"position: a client that is behind must be before round {filled.from_round}, where the "
+                            f"log that it was sent begins, got {reply.position}"
+                        )
+                    self._given_values.discard(client)  # behind what it acknowledged: a new process
+                    start, was_told = 0 if was_told else reply.position, True
+                case Status.mismatch:
+                    if client in self._given_values:  # whose directions may be others, too: its scalars must not count
+                        raise ProtocolError(
+                            "state: a client's hash must be the server's after the values that it was sent, got "
+                            "another again. Start its site anew; if that does not help, it does not compute as the "
+                            "others do (`fedzo doctor`)."
+                        )
+                    told = "round %d, client %d: its state is not the server's; sending it the values"
+                    log.warning(told, self._round, client)
+                    self._given_values.add(client)
+                    values = True
         raise ProtocolError("could not reach the server's state")
 
     def forget(self, client: int) -> None:
@@ -130,34 +137,10 @@ class StateSync:
     def _round(self) -> int:
         return len(self.store.records)
 
-    def _remedy(self, client: int, reply: Answer, before: Remedy) -> Remedy:
-        if reply.status is Status.bare:
-            return {**before, "from_round": 0}
-        if reply.status is Status.behind:
-            self._given_values.discard(client)  # behind what it acknowledged: a new process
-            return {**before, "from_round": 0 if "from_round" in before else reply.position}
-        if client in self._given_values:  # whose directions may be others, too: its scalars must not count
-            raise ProtocolError(
-                "state: a client's hash must be the server's after the values that it was sent, got another again. "
-                "Start its site anew; if that does not help, it does not compute as the others do (`fedzo doctor`)."
-            )
-        log.warning("round %d, client %d: its state is not the server's; sending it the values", self._round, client)
-        self._given_values.add(client)
-        return {**before, "values": True}
-
-    def _fill(
-        self,
-        request: Request,
-        client: int,
-        state: Mapping[str, Any],
-        *,
-        from_round: int | None = None,
-        values: bool = False,
-    ) -> Request:
-        """Add to a request what state its client must reach, and how it gets there."""
+    def _fill(self, request: Request, state: Mapping[str, Any], *, start: int, values: bool) -> Request:
+        """Add to a request what state its client must reach, and how: the log from a round on, or the values."""
         number = self._round
-        start = self._acked.get(client, 0) if from_round is None else from_round
-        values = values or (self.fl.transport is Transport.values and number > 0)
+        values = values or (self.config.fl.transport is Transport.values and number > 0)
         values = values or self.replica.is_shorter_than(self.store.records[start:])
         return replace(
             request,
@@ -185,5 +168,5 @@ class StateSync:
             "round": self._round,
             "chain": self.replica.chain.hex(),
             "check": self.replica.check(),
-            "digest": self.replica.digest() if self._round % self.fl.hash_every == 0 else "",
+            "digest": self.replica.digest() if self._round % self.config.fl.hash_every == 0 else "",
         }

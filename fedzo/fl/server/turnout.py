@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedzo.fl.config import StrategyConfig
 from fedzo.fl.exchange import Grid
 from fedzo.fl.server.aggregate import sampling_order
 from fedzo.fl.server.client_registry import ClientRegistry
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
 
 PAUSE_S = 0.1
 
@@ -21,26 +24,22 @@ class Turnout:
     Attributes:
         grid: Flower's grid.
         client_registry: Says which clients can be asked.
-        num_clients: K.
-        run_seed: Draws the sample of a round.
-        strategy: How many clients a round asks, how many replies it needs, and how long it waits for clients.
+        config: How many clients a round asks, how many replies it needs, and how long it waits for clients.
         joined: Called with each client that came as a new node.
         while_waiting: Called again and again while too few clients are there.
     """
 
     grid: Grid
     client_registry: ClientRegistry
-    num_clients: int
-    run_seed: int
-    strategy: StrategyConfig
+    config: RunSettings
     joined: Callable[[int], None]
     while_waiting: Callable[[], None] = lambda: None
     _left_s: float = 0.0  # that the present round may still wait
 
     def begin(self) -> None:
         """Before a round: take up who has registered; where too few clients can be asked, wait for more."""
-        self._left_s = self.strategy.startup_s
-        self._let_in(self.strategy.min_replies, spent=set(), results=())
+        self._left_s = self.config.strategy.startup_s
+        self._let_in(self.config.strategy.min_replies, spent=set(), results=())
 
     def groups(
         self, round: int, *, everyone: bool, results: Collection[int], refused: dict[int, str]
@@ -57,20 +56,21 @@ class Turnout:
             results: Clients that gave a usable reply, as the caller adds them.
             refused: Why clients did not, as the caller adds them; those that rest are added here.
         """
-        registry, size = self.client_registry, self.strategy.clients_per_round or self.num_clients
+        registry, strategy, num_clients = self.client_registry, self.config.strategy, self.config.fl.num_clients
+        size = strategy.clients_per_round or num_clients
         resting, asked = registry.resting(round), set[int]()
-        if everyone or size == self.num_clients:
-            size = self.num_clients
+        if everyone or size == num_clients:
+            size = num_clients
             refused |= resting
             first = iter([[client for client in range(size) if client not in resting]])
         else:
             connected = {client for client in registry.nodes if client not in resting}
-            first = self._samples(round, connected, self.num_clients, size)
+            first = self._samples(round, connected, num_clients, size)
         for group in filter(None, first):
             yield group
             asked.update(group)
         spent = {client for client in asked if client in registry.nodes} | {*results}  # the others are not here
-        while self.num_clients - len(spent) >= (missing := self.strategy.min_replies - len(results)):
+        while num_clients - len(spent) >= (missing := strategy.min_replies - len(results)):
             self._let_in(missing, spent=spent, results=results)
             able = registry.nodes.keys() - spent
             if not able:
@@ -81,7 +81,8 @@ class Turnout:
 
     def _samples(self, round: int, connected: Container[int], count: int, size: int) -> Iterator[list[int]]:
         """The first ``count`` clients of the round's order, ``size`` at a time; those that are connected come first."""
-        order = sampling_order(run_seed=self.run_seed, round=round, num_clients=self.num_clients, connected=connected)
+        num_clients = self.config.fl.num_clients
+        order = sampling_order(run_seed=self.config.seed, round=round, num_clients=num_clients, connected=connected)
         del order[count:]
         yield from (sorted(order[first : first + size]) for first in range(0, count, size))
 

@@ -15,7 +15,7 @@ from fedzo.fl.exchange import Traffic
 from fedzo.fl.messages import TrainRequest
 from fedzo.fl.server.aggregate import Result
 from fedzo.records.log import RoundAudit
-from fedzo.records.metrics import ClientRound
+from fedzo.records.metrics import StepSignals
 from fedzo.zo.log import LogRecord
 
 R = TypeVar("R", bound=Result)
@@ -86,8 +86,8 @@ class Updates(Protocol[R]):
         """The audit line of a round: whatever its record was made of."""
         ...
 
-    def clients(self, record: LogRecord, replies: Replies[R], audit: RoundAudit) -> tuple[ClientRound, ...]:
-        """What each client measured in the round that was noted last, for the metrics."""
+    def signals(self, record: LogRecord, audit: RoundAudit) -> dict[int, StepSignals]:
+        """What each client's steps measured in the round that was noted last, for the metrics."""
         ...
 
     def num_clipped(self, replies: Replies[R]) -> int:

@@ -6,23 +6,24 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.clip import NO_BOUND, far_off
-from fedzo.fl.config import Aggregation, StrategyConfig
+from fedzo.fl.config import Aggregation
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_from_bytes
 from fedzo.fl.server.aggregate import checked_losses, losses_far_off, shares, trimming
-from fedzo.fl.server.metrics import finite_mean
 from fedzo.fl.server.signals import short
 from fedzo.fl.server.updates import Replies
 from fedzo.records.log import RoundAudit, VectorAudit, VectorAuditLine
-from fedzo.records.metrics import ClientRound, StepSignals
-from fedzo.records.scores import known
+from fedzo.records.metrics import StepSignals
 from fedzo.zo.log import LogRecord, Scalars, VectorRecord, vector_digest
 from fedzo.zo.spaces.base import Values
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
 
 _PIECE = 1 << 16  # coordinates whose robust mean is taken at a time
 
@@ -56,14 +57,12 @@ class VectorUpdates:
 
     Attributes:
         size: n.
-        strategy: How vectors are bounded and become one.
-        normalise: Whether the mean makes up for unequal steps (``step_policy.normalise``).
+        config: How vectors are bounded and become one.
     """
 
     reply_type: ClassVar[type[VectorReply]] = VectorReply
     size: int
-    strategy: StrategyConfig
-    normalise: bool = False
+    config: RunSettings
 
     def note(self, record: LogRecord, audit: RoundAudit) -> None:
         """No round depends on what an earlier one measured."""
@@ -80,10 +79,11 @@ class VectorUpdates:
         if not np.isfinite(change).all():
             raise ProtocolError("change must be finite; has the client's model diverged?")
         reach, length = request.lr * request.steps, float(np.linalg.norm(change.astype(np.float64)))
-        if length > self.strategy.max_abs_g * reach:
+        most = self.config.strategy.max_abs_g
+        if length > most * reach:
             raise ProtocolError(
-                f"the norm of change must be at most strategy.max_abs_g = {self.strategy.max_abs_g:g} times the "
-                f"learning rate and the steps, {self.strategy.max_abs_g * reach:g}, got {length:g}"
+                f"the norm of change must be at most strategy.max_abs_g = {most:g} times the learning rate and the "
+                f"steps, {most * reach:g}, got {length:g}"
             )
         if length and not np.isfinite(loss).any():
             raise ProtocolError("a client that took no step must send a change of zeros")
@@ -92,7 +92,7 @@ class VectorUpdates:
     def far_off(self, results: Mapping[int, VectorResult]) -> dict[int, str]:
         reasons = losses_far_off(results)
         norms = {client: math.nan if result.dropped.all() else result.norm for client, result in results.items()}
-        for client, most in far_off(norms, factor=self.strategy.clip_factor).items():
+        for client, most in far_off(norms, factor=self.config.strategy.clip_factor).items():
             reasons[client] = (
                 f"the norm of change over learning rate and steps must be at most {most:g}, by the round's other "
                 f"clients, got {norms[client]:g}"
@@ -104,11 +104,11 @@ class VectorUpdates:
         assert not replies.measures_only, "validation refuses step policies that calibrate"
         results, clients = replies.results, sorted(replies.results)
         changes = [results[client].change for client in clients]
-        strategy = self.strategy
+        strategy, normalise = self.config.strategy, self.config.step_policy.normalises
         match strategy.aggregation:
             case Aggregation.mean:
                 steps = {client: len(results[client].loss) for client in clients}
-                share, mean = shares(replies.weights, steps, normalise=self.normalise), np.zeros(self.size)
+                share, mean = shares(replies.weights, steps, normalise=normalise), np.zeros(self.size)
                 for client, change in zip(clients, changes, strict=True):
                     mean += share[client] * change.astype(np.float64)
             case Aggregation.median:
@@ -138,17 +138,8 @@ class VectorUpdates:
             refused=tuple(sorted(replies.refused)),
         )
 
-    def clients(self, record: LogRecord, replies: Replies[VectorResult], audit: RoundAudit) -> tuple[ClientRound, ...]:
-        return tuple(
-            ClientRound(
-                client=client,
-                loss=known(finite_mean(result.loss)),
-                abs_g=None,
-                steps=len(result.loss),
-                signals=_signals(result.loss),
-            )
-            for client, result in sorted(replies.results.items())
-        )
+    def signals(self, record: LogRecord, audit: RoundAudit) -> dict[int, StepSignals]:
+        return {entry.client: _signals(entry.loss) for entry in audit.clients}
 
     def num_clipped(self, replies: Replies[VectorResult]) -> int:
         return 0

@@ -28,14 +28,12 @@ from flwr.supercore.inflatable.inflatable_utils import (
     ObjectUnavailableError,
     inflate_object_from_contents,
 )
-from flwr.supercore.retry.retry_invoker import RetryState
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
 from fedzo.fl.exchange import message_bytes
 from fedzo.runtime._flower import ErrorCode, TaskIdentity, failure_reason
 from fedzo.runtime.net._flower_http import RunNotRunningException, TaskOver, kept_alive
-from fedzo.runtime.net.credentials import Endpoint
 
 __all__ = ["ServerGrid", "server_task"]
 log = logging.getLogger(__name__)
@@ -86,17 +84,6 @@ class ServerGrid(HttpGrid):
     def limit_replies(self, number_bytes: int) -> None:
         """Expect at most so many bytes of numbers in a reply; a longer one is an error of its client."""
         self._most_bytes = SMALL_REPLY_BYTES + number_bytes
-
-    def when_not_taken(self, tell: Callable[[], None]) -> None:
-        """Have this called each time that the SuperLink does not take a request, which is then made again."""
-        retry, before = self._retry_invoker, self._retry_invoker.on_backoff
-
-        def backed_off(state: RetryState) -> None:
-            if before is not None:
-                before(state)
-            tell()
-
-        retry.on_backoff = backed_off
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The whole replies to these messages."""
@@ -196,13 +183,18 @@ class ServerGrid(HttpGrid):
 
 
 @contextmanager
-def server_task(server: Endpoint, token: str) -> Iterator[tuple[ServerGrid, Context]]:
-    """Play the ServerApp's process in this one: grid and context of the run, whose end Flower learns."""
-    grid = ServerGrid(server.address, root_certificates=server.authority.read_bytes(), token=token)
+def server_task(grid: ServerGrid, *, not_taken: Callable[[], None]) -> Iterator[Context]:
+    """Play the ServerApp's process in this one: the context of the run, whose end Flower learns.
+
+    Args:
+        grid: With the token of the run's task.
+        not_taken: Called each time that the SuperLink does not take a request, which is then made again.
+    """
     retry, over = grid._retry_invoker, threading.Event()
 
     def wait(seconds: float) -> None:
-        log.warning("a request to the SuperLink is made again in %.1f s", seconds)
+        not_taken()
+        log.warning("retrying a request to the SuperLink in %.1f s", seconds)
         over.wait(seconds)
 
     retry.max_time, retry.wait_function = MAX_TIME_S, wait  # Flower would retry for ever, and wait whatever ends
@@ -215,7 +207,7 @@ def server_task(server: Endpoint, token: str) -> Iterator[tuple[ServerGrid, Cont
         grid.set_run(run)
         output = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stopped")
         try:
-            yield grid, context
+            yield context
             output = PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details="")
         except Exception as error:
             output = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=failure_reason(error))

@@ -131,7 +131,7 @@ class ClientFolder:
         if not self.file(AUTHORITY).is_file():
             raise ConfigError(
                 f"client folder {self.path}: {AUTHORITY} must be the server's certificate authority, but is missing. "
-                "Copy ca.crt of the server's folder here: without it anybody could play the server."
+                "Copy ca.crt of the server's folder here: without it anyone can pose as the server."
             )
         read_certificate(self.file(AUTHORITY))
         public_key_of(self.file(KEY))

@@ -71,7 +71,7 @@ class Certificate:
         return (self.ends - datetime.datetime.now(datetime.UTC)).total_seconds() / 86400
 
 
-def make_authority(certificate: Path, key: Path, *, days: int = AUTHORITY_DAYS) -> None:
+def make_authority(certificate: Path, key: Path) -> None:
     """Write a new certificate authority."""
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"fedzo authority {secrets.token_hex(4)}")])
@@ -80,7 +80,7 @@ def make_authority(certificate: Path, key: Path, *, days: int = AUTHORITY_DAYS) 
         key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
     )  # fmt: skip
     made = (
-        _builder(name, name, private.public_key(), private.public_key(), days)
+        _builder(name, name, private.public_key(), private.public_key(), AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(private, hashes.SHA256())

@@ -113,7 +113,7 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
     def give_up() -> None:
         if turn.acquire(blocking=False):
             what = "a request took longer than %g s (step_limit_s of the site file's limits, or of runtime=local)"
-            log.error(f"{what}: giving it up and ending", step_limit_s)
+            log.error(f"{what}: restarting this process", step_limit_s)
             slow = failure_reason(SiteError(Refusal.slow, "it is in the log of this process"))
             telling = threading.Thread(target=task.fail, args=(slow,), daemon=True)  # its SuperNode may be gone
             telling.start()
@@ -143,7 +143,7 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
         else:
             task.finish(reply)
     if is_lost:
-        log.error("the device answers nothing more in this process: ending it, to be started again")
+        log.error("the device does not respond any more in this process: restarting the process")
         os._exit(START_AGAIN)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.system import SITE_ARTIFACTS_ENV, SITE_ENV, SITE_LOG_ENV, keep_loopback_direct
 
 __all__ = [
-    "EXECUTOR",
     "Node",
     "Site",
     "control",
@@ -56,7 +54,6 @@ class Site:
         restarts: How often in a row its processes are started again; None for ever.
         name: Ends the names of its processes; empty where the machine has one site.
         environment: Variables for its executor.
-        executor: Program that answers; only tests give another.
         port: Of the loopback interface, where the two meet.
     """
 
@@ -67,7 +64,6 @@ class Site:
     restarts: int | None = None
     name: str = ""
     environment: dict[str, str] = field(default_factory=dict)
-    executor: Sequence[str] = tuple(EXECUTOR)
     port: int = field(default_factory=lambda: free_ports(1)[0])
 
     def process(self, kind: str) -> str:
@@ -102,7 +98,7 @@ def start_executor(processes: Processes, site: Site) -> None:
     processes.start(
         site.process("executor"),
         [
-            *(*site.executor, "--runtime-api-address", f"127.0.0.1:{site.port}"),
+            *(*EXECUTOR, "--runtime-api-address", f"127.0.0.1:{site.port}"),
             *("--secret-file", str(folder.file(SECRET)), "--parent-pid", str(os.getpid())),
             *("--step-limit-s", str(site.step_limit_s)),
         ],
@@ -140,15 +136,15 @@ def wait_for_superlink(processes: Processes, folder: ServerFolder, *, timeout_s:
     address = folder.listening.control
     processes.wait_until(
         lambda: accepts(address),
-        what="the SuperLink listening",
+        what="the SuperLink's start",
         timeout_s=timeout_s,
         log_of="superlink",
         setting=setting,
     )
 
 
-def wait_for_registration(processes: Processes, folder: ServerFolder, *, timeout_s: float, setting: str = "") -> None:
-    """Register the clients as soon as the SuperLink can.
+def wait_for_registration(processes: Processes, folder: ServerFolder, *, timeout_s: float, setting: str) -> None:
+    """Register the clients as soon as the SuperLink can; ``setting`` is the key of ``timeout_s``.
 
     Raises:
         ProtocolError: It could not, or a process ended once too often.

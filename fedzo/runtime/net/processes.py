@@ -129,7 +129,7 @@ class Processes:
             if time.monotonic() > ends:
                 see = "Raise it, or see" if setting else "See"
                 raise ProtocolError(
-                    f"{setting or 'start'}: {what} must be so within {timeout_s:g} s, but was not. {see} "
+                    f"{setting or 'start'}: {what} must be done in {timeout_s:g} s, but was not. {see} "
                     f"{self._log_dir}. The end of {self.log_path(log_of)}:\n{self.tail(log_of)}"
                 )
             time.sleep(POLL_S)

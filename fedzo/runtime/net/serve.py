@@ -6,11 +6,10 @@ import logging
 import ssl
 import time
 from collections.abc import Mapping
-from typing import Any, cast
 
 import httpx
 from flwr.app import Message
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import ServerApp
 
 from fedzo.errors import ProtocolError
 from fedzo.run.apps import RUN_DIR_KEY
@@ -61,10 +60,10 @@ def serve(
                     flower.stop_run(left)
                 travels = {key: value for key, value in run_config.items() if key != RUN_DIR_KEY}
                 flower.start_run(build_bundle(), travels)
-            with server_task(server, _take_task(folder)) as (grid, context):
-                grid.when_not_taken(_Full(folder).tell)
+            grid = KeyedGrid(folder, _take_task(folder))
+            with server_task(grid, not_taken=_Full(folder).tell) as context:
                 context.run_config = dict(run_config)
-                server_app(grid=cast(Grid, KeyedGrid(grid, folder)), context=context)
+                server_app(grid=grid, context=context)
         except httpx.HTTPError as error:
             raise ProtocolError(
                 f"SuperLink {server.address}: it must answer, but: {error}. Is `fedzo server up` running? "
@@ -77,28 +76,29 @@ def serve(
             ) from error
 
 
-class KeyedGrid:
+class KeyedGrid(ServerGrid):
     """Flower's grid, with the clients of the server's registry by their keys."""
 
-    def __init__(self, grid: ServerGrid, folder: ServerFolder) -> None:
-        self._grid = grid
+    def __init__(self, folder: ServerFolder, token: str) -> None:
+        server = folder.endpoint
+        super().__init__(server.address, root_certificates=server.authority.read_bytes(), token=token)
         self._folder = folder
         self._clients: dict[int, int] = {}
         self._nodes, self._next_nodes = list[int](), 0.0
         self._link = httpx.Client(
-            base_url=f"https://{folder.endpoint.address}",
-            verify=ssl.create_default_context(cafile=folder.endpoint.authority),
+            base_url=f"https://{server.address}",
+            verify=ssl.create_default_context(cafile=server.authority),
             trust_env=False,
         )
         self._start, self._restarts, self._next_look = "", 0, 0.0
         self._counted, self._before = (0, 0), (0, 0)
-        self._look()
+        self._ask_gate()
 
     def get_node_ids(self) -> list[int]:
         """Nodes that are connected, also such that the registry does not know any more."""
         if (began := time.monotonic()) < self._next_nodes:
             return self._nodes
-        nodes, known = list(self._grid.get_nodes()), self._folder.by_key()
+        nodes, known = list(self.get_nodes()), self._folder.by_key()
         self._clients = {node.node_id: known[node.public_key].index for node in nodes if node.public_key in known}
         self._nodes, ended = [node.node_id for node in nodes], time.monotonic()
         self._next_nodes = ended + min(NODES_PAUSE * (ended - began), MOST_PAUSE_S)
@@ -110,13 +110,13 @@ class KeyedGrid:
 
     def wire_bytes(self) -> tuple[int, int]:
         """Bytes that registered clients sent and got, by the SuperLink's gate, which counts anew after a restart."""
-        self._look()
+        self._ask_gate()
         return self._before[0] + self._counted[0], self._before[1] + self._counted[1]
 
     def restarts(self) -> int:
         """How often the SuperLink was started again, as of a second ago."""
         if time.monotonic() >= self._next_look:
-            self._look()
+            self._ask_gate()
         return self._restarts
 
     def lost(self, reply: Message) -> bool:
@@ -127,8 +127,8 @@ class KeyedGrid:
         """Whether the SuperLink answers for a node that it has not heard of for the time of its lease."""
         return bool(reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE)
 
-    def _look(self) -> None:
-        """Ask the gate."""
+    def _ask_gate(self) -> None:
+        """What it has counted, and whether it is the one that was asked before."""
         self._next_look = time.monotonic() + LOOK_S
         try:
             start, up, down = self._link.get(WIRE).raise_for_status().json()
@@ -137,11 +137,8 @@ class KeyedGrid:
         if self._start not in ("", start):
             self._restarts += 1
             self._before = self._before[0] + self._counted[0], self._before[1] + self._counted[1]
-            log.warning("the SuperLink was started again: what was under way is asked again")
+            log.warning("the SuperLink was restarted: pending requests are sent again")
         self._start, self._counted = start, (int(up), int(down))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)
 
 
 class _Full:

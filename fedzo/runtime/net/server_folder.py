@@ -174,7 +174,7 @@ class ServerFolder:
             if key == "control" and (":" in host or not is_loopback(host)):  # the certificate names no IPv6 address
                 raise ConfigError(
                     f"{self.file('server.json')}: control must be on the loopback interface (127.0.0.1:PORT), since "
-                    f"Flower asks nobody there who he is, got {found.control!r}."
+                    f"Flower authenticates nobody there, got {found.control!r}."
                 )
         return found
 
@@ -265,7 +265,7 @@ class ServerFolder:
             except ConfigError as error:
                 if self._by_key is None:
                     raise ConfigError(f"{file}: {error}") from error
-                log.warning("%s: %s Until then the clients of before are registered.", file, error)
+                log.warning("%s: %s Until then the old client list is used.", file, error)
                 self._by_key = version, self._by_key[1]
         return self._by_key[1]
 

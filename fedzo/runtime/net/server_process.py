@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from fedzo import errors
 from fedzo.errors import FedzoError, ProtocolError, RunFolderError
 from fedzo.records.decode import encode, read_record
 from fedzo.records.folder import make_folder, open_file, replace_file
-from fedzo.records.outcome import OUTCOME, Outcome
+from fedzo.records.presence import OUTCOME, Outcome
 from fedzo.runtime.net.parts import environment
 from fedzo.runtime.net.processes import python
 from fedzo.system import COMMAND_ENV, command
@@ -48,20 +48,17 @@ class ServerProcess:
     Args:
         run_dir: The run folder, which says what the run is.
         server_dir: The server's folder.
-        serve: Program; only tests give another.
         detached: Let it go on when this process ends, with its output in a file of the run folder.
 
     Raises:
         RunFolderError: That file, or its folder, is a link.
     """
 
-    def __init__(
-        self, run_dir: Path, server_dir: Path, *, serve: Sequence[str] = SERVE, detached: bool = False
-    ) -> None:
+    def __init__(self, run_dir: Path, server_dir: Path, *, detached: bool = False) -> None:
         self._run_dir = run_dir
         make_folder(run_dir / "logs")
         (run_dir / OUTCOME).unlink(missing_ok=True)
-        arguments = [*serve, str(server_dir), str(run_dir), "0" if detached else str(os.getpid())]
+        arguments = [*SERVE, str(server_dir), str(run_dir), "0" if detached else str(os.getpid())]
         output = open_file(run_dir, SERVER_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if detached else None
         try:
             self._process = subprocess.Popen(
@@ -125,7 +122,7 @@ class ServerProcess:
         outcome = read_record(Outcome, self._run_dir, OUTCOME, error=ProtocolError)
         if outcome is None:
             return ProtocolError(
-                f"the run's server ended with status {code} and left no word. See {self._run_dir / 'fedzo.log'}, and "
-                f"go on with `fedzo resume {self._run_dir}`."
+                f"the run's server ended with status {code} without a message. See {self._run_dir / 'fedzo.log'}, then "
+                f"`fedzo resume {self._run_dir}`."
             )
         return _KINDS.get(outcome.error, ProtocolError)(outcome.text)

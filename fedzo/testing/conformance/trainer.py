@@ -82,13 +82,7 @@ def _check_prepare(
 ) -> Prepared:
     loaded = load()
     before = model_bits(loaded.model)
-    place = Workplace(
-        folder=folder,
-        seed=_RUN_SEED,
-        texts=lambda: list(_TEXTS),
-        advance=lambda done, total: None,
-        inputs=inputs,
-    )
+    place = Workplace(folder=folder, seed=_RUN_SEED, texts=lambda: list(_TEXTS), inputs=inputs)
     with global_generators(1):
         first = make().prepare(loaded, place)
     must_be_same_model(model_bits(loaded.model), before, "prepare must leave the model as it was")

@@ -173,7 +173,7 @@ def test_memory_that_does_not_suffice_is_one_line(
 
     assert main(["replay", "."]) == 1
     remedy = "Free some, lower model.tokens_per_batch, or write model.dtype=bfloat16."
-    assert capsys.readouterr().err == f"fedzo replay: the memory does not suffice ({said}). {remedy}\n"
+    assert capsys.readouterr().err == f"fedzo replay: out of memory ({said}). {remedy}\n"
 
 
 def test_an_import_that_fails_for_a_package_of_another_version_names_the_package(
@@ -210,7 +210,7 @@ def test_ctrl_c_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resume", ".", "x"], "only fl.rounds=N can make it longer, got 'x'"),
+        (["resume", ".", "x"], "only fl.rounds=N can be given, to make it longer, got 'x'"),
         (["resume", ".", "fl.rounds=5", "x"], "fedzo resume: unknown argument 'x'"),
         (["resume", ".", "fl.rounds=many"], "must be a whole number >= 1, got 'many'"),
         (["mask", "--out", "x", "--bogus"], "fedzo mask: unknown option '--bogus'"),

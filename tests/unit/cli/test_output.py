@@ -15,7 +15,7 @@ import pytest
 from fedzo.cli import forgiving_output, main, serve
 from fedzo.records.metrics import Setup
 from fedzo.report.sinks import ProgressSink
-from fedzo.runtime.net.server_process import ServerProcess
+from fedzo.runtime.net import server_process
 from fedzo.runtime.remote import _show
 
 
@@ -106,13 +106,14 @@ def test_a_run_goes_on_whose_command_can_show_nothing_of_it(
     shown: list[io.StringIO] = []
     monkeypatch.setattr(sys, "stdout", full[0])
     monkeypatch.setattr(sys, "stderr", full[1])
+    monkeypatch.setattr(server_process, "SERVE", ["sh", "-c", "sleep 0.5"])
 
     def show() -> None:
         shown.append(io.StringIO("a line of the run's server\n"))
         _show(shown[-1])
 
     with forgiving_output():
-        ServerProcess(tmp_path, tmp_path, serve=["sh", "-c", "sleep 0.5"]).wait(show)
+        server_process.ServerProcess(tmp_path, tmp_path).wait(show)
 
     assert shown
 

@@ -152,7 +152,7 @@ def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp
         (["server", "init", "s", "--host", ""], "--host must be a host name or an IP address, got ''"),
         (["server", "init", "s", "--host", "*.a b"], "--host must be a host name or an IP address, got '*.a b'"),
         (["client", "init", "s", "--server", "h:1", "--ca", "file"], "file: it must be a certificate"),
-        (["server", "init", "s", "--port", "7", "--control-port", "7"], "--port must be another than --control-port"),
+        (["server", "init", "s", "--port", "7", "--control-port", "7"], "--control-port must differ, got 7. Change"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -288,7 +288,7 @@ def test_status_of_a_run_that_goes_on_is_what_its_server_tells_however_long_the_
 
     said = capsys.readouterr().out
     first, *table = said.splitlines()
-    assert first == f"run {run}: 1 of 3 rounds, 12 s for the last, going on"
+    assert first == f"run {run}: 1 of 3 rounds, last round 12 s, running"
     assert [line.split() for line in table] == [
         ["client", "state", "last", "round", "fedzo"],
         ["0", "ready", "0", "0.1.0", "asked", "320", "s", "ago"],
@@ -304,7 +304,7 @@ def test_status_of_a_run_that_has_died_says_why_and_calls_nobody_ready(run: Path
     assert main(["status", str(run)]) == 0
 
     assert capsys.readouterr().out.splitlines() == [
-        f"run {run}: 2 of 3 rounds, 0.5 s for the last, not running",
+        f"run {run}: 2 of 3 rounds, last round 0.5 s, not running",
         "ended: round 2: too few replies  [2J(client 0: not connected)",
         "as of its last round:",
         "client  last round  fedzo",
@@ -322,7 +322,7 @@ def test_status_of_a_run_that_is_down_reads_the_end_of_its_logs_alone(run: Path,
     assert main(["status", str(run)]) == 0
 
     assert capsys.readouterr().out.splitlines() == [
-        f"run {run}: 2 of 3 rounds, 0.5 s for the last, not running",
+        f"run {run}: 2 of 3 rounds, last round 0.5 s, not running",
         "as of its last round:",
         "client  last round  fedzo",
         "0       1           0.1.0",
@@ -330,7 +330,7 @@ def test_status_of_a_run_that_is_down_reads_the_end_of_its_logs_alone(run: Path,
     ]
 
 
-NO_LOCKS = "(the file system knows no locks)"
+NO_LOCKS = "(the file system has no locks)"
 
 
 @pytest.mark.usefixtures("no_locks")
@@ -342,21 +342,21 @@ def test_status_of_a_run_that_may_go_on_says_so_and_shows_what_its_server_told(
         assert main(["status", str(run)]) == main(["status", str(server)]) == 0
 
     said = capsys.readouterr().out.splitlines()
-    going = f"run {run}: 2 of 3 rounds, 0.5 s for the last, perhaps going on {NO_LOCKS}"
-    assert said[:2] == [going, "as its server told last:"]
+    going = f"run {run}: 2 of 3 rounds, last round 0.5 s, perhaps running {NO_LOCKS}"
+    assert said[:2] == [going, "last server report:"]
     assert [line.split()[:2] for line in said[2:5]] == [["client", "state"], ["0", "ready"], ["1", "refused"]]
     assert said[6:8] == [f"run: not known {NO_LOCKS}", f"last {going}"]
     settings = (run / "config.json").read_text()
     (run / "config.json").write_text(settings.replace('"rounds": 3', '"rounds": 2'))
     assert main(["status", str(run)]) == 0
-    assert capsys.readouterr().out.startswith(f"run {run}: 2 of 2 rounds, 0.5 s for the last, finished\n")
+    assert capsys.readouterr().out.startswith(f"run {run}: 2 of 2 rounds, last round 0.5 s, finished\n")
 
 
 @pytest.mark.usefixtures("no_locks")
 def test_a_run_that_may_go_on_is_asked_to_stop(run: Path, tmp_path: Path, capsys: Capture) -> None:
     assert main(["stop", str(run)]) == 0
 
-    assert capsys.readouterr().out == f"asked to stop, if a process works on it: that cannot be seen {NO_LOCKS}\n"
+    assert capsys.readouterr().out == f"asked to stop; whether a process runs it is not known {NO_LOCKS}\n"
     assert (run / "stop").exists()
     assert main(["stop", str(tmp_path)]) != 0  # no run's folder
     assert not (tmp_path / "stop").exists()
@@ -365,7 +365,7 @@ def test_a_run_that_may_go_on_is_asked_to_stop(run: Path, tmp_path: Path, capsys
 def test_a_run_that_nobody_works_on_is_not_stopped(run: Path, capsys: Capture) -> None:
     assert main(["stop", str(run)]) != 0
 
-    assert f"run folder {run}: no process of this machine works on it" in capsys.readouterr().err
+    assert f"run folder {run}: no process of this machine runs it" in capsys.readouterr().err
     assert not (run / "stop").exists()
 
 
@@ -382,7 +382,7 @@ def test_status_of_a_server_that_serves_no_run_says_how_the_last_one_ended(
     said = capsys.readouterr().out.splitlines()
     assert said[1:4] == [
         "run: none",
-        f"last run {run}: 2 of 3 rounds, 0.5 s for the last, not running",
+        f"last run {run}: 2 of 3 rounds, last round 0.5 s, not running",
         "ended: too few replies",
     ]
     shutil.rmtree(run)
@@ -393,7 +393,7 @@ def test_status_of_a_server_that_serves_no_run_says_how_the_last_one_ended(
 def test_a_run_that_nobody_runs_is_not_stopped(tmp_path: Path, capsys: Capture) -> None:
     assert main(["stop", str(tmp_path)]) == RUN_FAILED
 
-    assert "no process of this machine works on it" in capsys.readouterr().err
+    assert "no process of this machine runs it" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -660,7 +660,7 @@ def test_doctor_reads_rows_and_model_of_a_site(server: Path, tmp_path: Path, mon
     (site / "rows-4.jsonl").write_text('{"text": ')
     assert f"{site / 'rows-4.jsonl'}:1: not valid JSON" in bad(site)["rows"]
     monkeypatch.setattr("fedzo.commands.doctor.available_memory_bytes", lambda device: 1000)
-    assert "left are 1.0 kB. Free some" in bad(site)["memory"]
+    assert "1.0 kB are free. Free some" in bad(site)["memory"]
 
 
 @pytest.mark.parametrize(
@@ -736,6 +736,6 @@ def test_doctor_tells_whether_a_gpu_of_this_machine_has_kernels_for_directions(
     name, good, told = doctor()[-1]
 
     assert (name, good) == ("CUDA kernels", there)
-    assert ("many times longer" in told) != there
+    assert ("many times slower" in told) != there
     assert asked == [torch.device("cuda", 1)]
     assert "CUDA kernels" not in [check[0] for check in before]

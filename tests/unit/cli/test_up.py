@@ -103,7 +103,7 @@ def test_a_site_says_once_that_its_server_is_silent_and_that_it_answers_again(sa
     )
 
     assert said(*written) == [
-        "127.0.0.1:9 does not answer ([Errno 111] refused); it is asked again",
+        "127.0.0.1:9 does not answer ([Errno 111] refused); retrying",
         "127.0.0.1:9 answers again",
         "connected to 127.0.0.1:9",
     ]
@@ -192,7 +192,7 @@ def test_a_certificate_that_ends_while_the_server_is_up_is_told_of(
     said = [line.partition(". ")[0] for line in capsys.readouterr().out.splitlines()]
     assert [line for line in said if line.startswith(("certificate", "the certificate"))] == [
         "certificate valid for 5 days",
-        "the certificate has ended",
+        "the certificate expired",
         "the certificate is renewed",
     ]
 

@@ -365,7 +365,7 @@ def test_a_sweep_names_the_jobs_that_are_wrong() -> None:
 
     assert str(caught.value).splitlines()[1:] == [
         "  - job 1 (fl.rounds=1 fl.batch_size=0) and 2 more: fl.batch_size must be >= 1, got 0. "
-        "The key counts the rows of a client in a step.",
+        "Write a client's number of rows per step.",
         "  - job 2 (fl.rounds=0 fl.batch_size=1) and 3 more: fl.rounds must be >= 1, got 0. A run needs a round.",
     ]
 
@@ -442,11 +442,10 @@ def test_jobs_whose_settings_differ_in_signs_alone_have_two_folders(one: str, ot
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("selection=vpcs", "step_policy=vpcs"),
-        ("selection.max_share=0.1", "step_policy.max_share=0.1"),
+        ("data.num_train=8", "split.num_train=8"),
         ("optimizer=adam", "server_optimizer=adam"),
         ("optimizer.lr=0.1", "server_optimizer.lr=0.1"),
-        ("estimator.freeze_selection=true", "estimator.freeze_routing=true"),
+        ("trainer.mask_path=m.safetensors", "inputs.artifact=m.safetensors"),
     ],
 )
 def test_an_old_name_gets_an_error_that_names_the_new_one(old: str, new: str) -> None:

@@ -14,17 +14,18 @@ import torch
 
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.rules import launch_problems, missing_files
-from fedzo.config.schema import LaunchConfig
+from fedzo.config.rules import launch_problems, missing_files, site_problems
+from fedzo.config.schema import LaunchConfig, SiteFile
 from fedzo.config.unused import unused_problems
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
 from fedzo.data.partition.plain import NaturalConfig
+from fedzo.data.preprocess.rephrase.openai_compatible import OpenAICompatibleConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.available import TORCH_DTYPES
-from fedzo.models.config import DType
+from fedzo.models.config import DType, TransformersConfig
 from fedzo.runtime.config import LocalConfig, RayConfig
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.trainers.base import InputsConfig, TrainerConfig
@@ -81,6 +82,7 @@ def test_a_sound_config_has_no_problem() -> None:
         ("task.candidates", [" a", " {b"], "close the brace of '{b' right after the column's name, as in {b}"),
         ("task.candidates", [" a", " a"], "differ from one another, got [' a', ' a']."),
         ("task.labels", ["a", "a"], "differ from one another, got ['a', 'a']."),
+        ("task.labels", [" a", "a"], "differ from one another, got ['a', 'a']."),
         ("task.candidates", [" one"], "hold at least 2 answers for task.kind=candidates, got [' one']."),
         ("task.labels", ["neg"], "hold one value per candidate (2), got ['neg']."),
         ("task.label", "", "name the column of the right answer, got ''."),
@@ -495,8 +497,8 @@ def test_a_prompt_that_is_written_behind_ends_without_a_blank(end: str, kind: Ta
     config.task = TaskConfig(name="rotten_tomatoes", kind=kind, template=f"{{text}}:{end}", answer="{a}", loss=Loss.lm)
 
     expected = (
-        f"task.template must not end in a blank for task.kind=generation, got {config.task.template!r}. Begin "
-        "task.answer with it: most tokenizers put a blank into the word behind it."
+        f"task.template must not end in a space for task.kind=generation, got {config.task.template!r}. Begin "
+        "task.answer with it: most tokenizers join a space to the word after it."
     )
     assert [problem.text for problem in launch_problems(config)] == ([expected] if is_refused else [])
 
@@ -536,9 +538,7 @@ def test_a_partition_by_labels_needs_labels() -> None:
 
         found = [problem.text for problem in launch_problems(config)]
 
-        text = (
-            f"partition must go by something else than labels for task.kind=generation, which has none, got '{name}'."
-        )
+        text = f"partition must not depend on labels for task.kind=generation, which has none, got '{name}'."
         assert found == ([] if name in {"iid", "natural"} else [f"{text} Use partition=iid or natural."])
 
 
@@ -718,6 +718,19 @@ def test_all_broken_rules_are_reported() -> None:
         break_it()
 
     assert [problem.key for problem in launch_problems(config)] == ["seed", "trainer.density", "fl.rounds"]
+
+
+def test_a_sites_rewriter_is_asked_for_the_rules_of_all_its_classes() -> None:
+    """Here alone, whether the site is a file's or a command line's: who builds the rewriter asks no more."""
+    run, url = sound(), "http://example.org/v1"
+    site = SiteFile(rewriter=OpenAICompatibleConfig(base_url=url, model="m", concurrency=0, most_calls=-1))
+
+    broken = ["rewriter.most_calls", "rewriter.base_url", "rewriter.concurrency"]
+    assert [each.key for each in site_problems(site, run)] == broken
+    run.rewriter = site.rewriter
+    assert [each.key for each in launch_problems(run)] == broken
+    run.rewriter = TransformersConfig(max_tokens=0, batch_size=0)
+    assert [each.key for each in launch_problems(run)] == ["rewriter.max_tokens", "rewriter.batch_size"]
 
 
 @pytest.mark.parametrize(

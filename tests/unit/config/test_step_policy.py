@@ -63,7 +63,7 @@ def test_broken_rules_are_named(overrides: list[str], text: str) -> None:
 def test_shares_are_made_even_for_a_mean_alone() -> None:
     text = complaint("step_policy=oracle", "step_policy.normalise=true", "strategy=median")
 
-    assert "step_policy.normalise must be false for another strategy.aggregation than mean, which weighs nobody" in text
+    assert "step_policy.normalise must be false unless strategy.aggregation=mean, since others use no weights" in text
 
 
 @pytest.mark.parametrize("trainer", ["mezo", "lora", "ia3", "prefix", "prompt", "meerkat", "tables"])
@@ -125,7 +125,7 @@ def test_gradip_goes_by_the_recipe_of_a_mask_that_is_given(selector: str, tmp_pa
 def test_a_selection_by_the_size_of_g_refuses_an_estimator_that_divides_it_away(step_policy: str) -> None:
     text = complaint(f"step_policy={step_policy}", "estimator=fzoo")
 
-    assert "estimator must be another than fzoo for a step policy by |g|: fzoo divides |g| by the spread" in text
+    assert "estimator must not be fzoo for a step policy that reads |g|: fzoo divides |g| by the spread" in text
     load(["step_policy=random", "estimator=fzoo"])
 
 
@@ -180,7 +180,7 @@ def test_lists_and_choices_travel() -> None:
 def test_signs_have_no_size_to_select_by(step_policy: str) -> None:
     text = complaint(f"step_policy={step_policy}", "strategy.aggregation=majority_sign")
 
-    assert "strategy.aggregation must be another than majority_sign for a step policy by |g|" in text
+    assert "strategy.aggregation must not be majority_sign for a step policy that reads |g|" in text
 
 
 @pytest.mark.parametrize("server_optimizer", ["scaffold", "feddyn"])

@@ -153,7 +153,7 @@ def test_a_changed_text_is_refused(change: Callable[[dict[str, Any]], object], m
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "NaN", "[" * 100_000, "1" * 5000])
 def test_text_that_is_no_config_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"configuration must be"):
+    with pytest.raises(ConfigError, match=r"^configuration(: must be JSON, got| must be a mapping for)"):
         from_json(text, LaunchConfig)
 
 
@@ -161,7 +161,7 @@ def test_text_that_is_no_config_is_refused(text: str) -> None:
 def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
     text = to_json(sound()).replace('"eps": 0.001', f'"eps": {number}', 1)
 
-    with pytest.raises(ConfigError, match=r"not a finite number|must be float, got inf"):
+    with pytest.raises(ConfigError, match=r"must be JSON, got (NaN|Infinity)|must be float, got inf"):
         from_json(text, LaunchConfig)
 
 

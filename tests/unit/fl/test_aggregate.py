@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.config import Aggregation
-from fedzo.fl.messages import TrainReply, scalars_to_bytes, signs_from_bytes, signs_to_bytes
+from fedzo.fl.config import Aggregation, StrategyConfig
+from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_from_bytes, signs_to_bytes
 from fedzo.fl.server.aggregate import ClientResult, aggregate, check_reply, num_trimmed, sampling_order, unmoved
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction
@@ -25,10 +26,11 @@ def result(g: object) -> ClientResult:
     return ClientResult(g=scalars, loss=np.ones_like(scalars), dropped=np.zeros(scalars.shape, bool), end_check=0)
 
 
-def mean_of(results: dict[int, ClientResult], weights: dict[int, float], **kwargs: object) -> np.ndarray:
-    steps, probes = max(result.g.shape for result in results.values())
-    options = {"round": 0, "lr": 0.5, "steps": steps, "probes": probes, "directions": SHARED, **kwargs}
-    return aggregate(results, weights, **options).coefficients
+def mean_of(
+    results: dict[int, ClientResult], weights: dict[int, float], *, normalise: bool = False, **strategy: Any
+) -> np.ndarray:
+    options = {"directions": SHARED, "strategy": StrategyConfig(**strategy), "normalise": normalise}
+    return aggregate(results, weights, round=0, lr=0.5, **options).coefficients
 
 
 def test_the_weighted_mean_is_the_one_on_paper() -> None:
@@ -112,9 +114,8 @@ def test_a_client_with_fewer_steps_counts_as_zero_afterwards() -> None:
         {0: 1.0, 1: 1.0},
         round=0,
         lr=1.0,
-        steps=2,
-        probes=1,
         directions=SHARED,
+        strategy=StrategyConfig(),
     )
 
     assert record.coefficients[:, 0, 0].tolist() == [4.0, 2.0]
@@ -126,14 +127,13 @@ def test_per_client_seeds_keep_a_column_for_each_client() -> None:
         {1: 1.0, 5: 1.0},
         round=0,
         lr=1.0,
-        steps=1,
-        probes=1,
         directions=OWN,
+        strategy=StrategyConfig(),
     )
 
     assert record.owners == (1, 5)
     assert record.coefficients[0, 0].tolist() == [1.0, 4.0]
-    shared = aggregate({0: result([[1.0]])}, {0: 1.0}, round=0, lr=1.0, steps=1, probes=1, directions=SHARED)
+    shared = aggregate({0: result([[1.0]])}, {0: 1.0}, round=0, lr=1.0, directions=SHARED, strategy=StrategyConfig())
     assert shared.owners == (SHARED,)
 
 
@@ -155,7 +155,7 @@ def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_
                 theta -= lr * results[client].g[t, p] / probes * z
         mean += weights[client] / sum(weights.values()) * theta
 
-    record = aggregate(results, weights, round=3, lr=lr, steps=5, probes=probes, directions=directions)
+    record = aggregate(results, weights, round=3, lr=lr, directions=directions, strategy=StrategyConfig())
     space = VectorSpace(base)
     apply_record(space, record, run_seed=9)
 
@@ -176,7 +176,8 @@ def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_
 def test_no_rule_moves_anything_by_the_record_of_a_first_round_that_only_measured(
     server_optimizer: ServerOptimizerConfig,
 ) -> None:
-    measured = aggregate({0: result([[3.0], [-4.0]])}, {0: 1.0}, round=0, lr=0.5, steps=2, probes=1, directions=SHARED)
+    results = {0: result([[3.0], [-4.0]])}
+    measured = aggregate(results, {0: 1.0}, round=0, lr=0.5, directions=SHARED, strategy=StrategyConfig())
     theta = np.array([0.0, -0.0, 1e-45, -1e-45, 3.5, np.inf], np.float32)
     space, rule = VectorSpace(theta), SERVER_OPTIMIZERS.build(server_optimizer, local_steps=1)
     moments = np.zeros((rule.num_moments(1), theta.size), np.float32)
@@ -187,6 +188,9 @@ def test_no_rule_moves_anything_by_the_record_of_a_first_round_that_only_measure
     assert not moments.view(np.uint32).any()
     rule.apply(space, moments, measured, run_seed=1)
     assert space.theta.tobytes() != theta.tobytes()
+
+
+TWO_STEPS = TrainRequest(client=0, steps=2)
 
 
 def reply(**changes: object) -> TrainReply:
@@ -211,11 +215,11 @@ def reply(**changes: object) -> TrainReply:
     ],
 )
 def test_a_reply_that_cannot_be_used_is_refused_with_the_reason(changes: dict[str, object], match: str) -> None:
-    good = check_reply(reply(), steps=2, probes=1, max_abs_g=1e6)
+    good = check_reply(reply(), TWO_STEPS, probes=1, strategy=StrategyConfig())
     assert good.g.tolist() == [[1.0], [0.0]]
 
     with pytest.raises(ProtocolError, match=match):
-        check_reply(reply(**changes), steps=2, probes=1, max_abs_g=1e6)
+        check_reply(reply(**changes), TWO_STEPS, probes=1, strategy=StrategyConfig())
 
 
 # --- robust means and signs -------------------------------------------------------------------------------------------
@@ -354,22 +358,22 @@ def test_signs_travel_as_one_bit_each(shape: tuple[int, int], seed: int) -> None
 def test_a_reply_without_any_loss_is_refused_where_it_would_be_remembered() -> None:
     lost = reply(g=bytes(8), dropped=b"\1\1")
 
-    assert check_reply(lost, steps=2, probes=1, max_abs_g=1e6).dropped.all()
+    assert check_reply(lost, TWO_STEPS, probes=1, strategy=StrategyConfig()).dropped.all()
     with pytest.raises(ProtocolError, match="no probe had a finite loss"):
-        check_reply(lost, steps=2, probes=1, max_abs_g=1e6, all_may_drop=False)
+        check_reply(lost, TWO_STEPS, probes=1, strategy=StrategyConfig(), all_may_drop=False)
 
 
 def test_a_reply_of_signs_is_checked_and_its_dropped_probes_count_as_zero() -> None:
-    signs = reply(g=bytes([0b11000000]))
+    signs = StrategyConfig(aggregation=Aggregation.majority_sign, max_abs_g=0.5)  # to which a sign is not compared
 
-    checked = check_reply(signs, steps=2, probes=1, max_abs_g=0.5, signs=True)  # a sign has no length
+    checked = check_reply(reply(g=bytes([0b11000000])), TWO_STEPS, probes=1, strategy=signs)
 
     assert checked.g.tolist() == [[1.0], [0.0]]
     assert checked.payload_bytes == 1
     with pytest.raises(ProtocolError, match=r"g must hold 1 bytes \(a bit each for \[2, 1\]\), got 8"):
-        check_reply(reply(), steps=2, probes=1, max_abs_g=1e6, signs=True)
+        check_reply(reply(), TWO_STEPS, probes=1, strategy=signs)
     with pytest.raises(ProtocolError, match="g must be filled up with bits of 0 after the first 2"):
-        check_reply(reply(g=b"\xff"), steps=2, probes=1, max_abs_g=1e6, signs=True)
+        check_reply(reply(g=b"\xff"), TWO_STEPS, probes=1, strategy=signs)
 
 
 def sampled(round: int, *, connected: Container[int] = range(10)) -> list[int]:

@@ -92,7 +92,7 @@ def test_a_run_begins_when_the_slowest_client_is_ready_however_long_it_prepares(
 
     assert 3000 <= clock.now - began < 3000 + client_registry.PREPARING_S + 1
     assert sorted(registry.nodes) == [0, 1]
-    assert registry.figures[1] == {"marks.marked": 9.0}
+    assert registry.clients[1].stages == {"marks.marked": 9.0}
     gaps = [after - before for before, after in zip(grid.greeted[1], grid.greeted[1][1:], strict=False)]
     assert min(gaps) >= 4.9  # every few seconds, and not less often from time to time
     assert max(gaps) <= 5.5
@@ -256,9 +256,9 @@ def test_preparing_is_no_failure_and_an_error_of_a_stage_is_asked_after_again(
     [
         (replace(preparing(3), prepared=1001), "no more rows can be prepared than the 1000 that it prepares, got 1001"),
         (replace(preparing(3), base_digest="x"), r"its base weights must be the server's \(b\), got x"),
-        (replace(READY, stages="[1]"), r"stages must be a JSON object of at most 64 finite numbers by name, got '\[1"),
-        (replace(READY, stages='{"a.b": NaN}'), "stages must be a JSON object"),
-        (replace(READY, stages='{"<b>": 1.0}'), "stages must be a JSON object"),
+        (replace(READY, stages="[1]"), r"stages: must be an object of 0 to 64 entries, got \[1\]"),
+        (replace(READY, stages='{"a.b": NaN}'), "stages: must be JSON, got NaN"),
+        (replace(READY, stages='{"<b>": 1.0}'), "stages: must have keys that are letters, digits, .*, got '<b>'"),
     ],
 )
 def test_what_cannot_be_meant_is_named(clock: Any, answer: HelloReply, match: str) -> None:

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedzo.config.schema import RunConfig, SiteFile
+from fedzo.data.kept_digests import KeptDigests
 from fedzo.errors import ProtocolError
-from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.config import FlConfig, SiteLimitsConfig
 from fedzo.fl.limits import Limits
 from fedzo.fl.messages import Refusal, TrainRequest
 from fedzo.fl.site_limits import SiteError
+from fedzo.models.config import BaseConfig
 from fedzo.zo.directions import SHARED
+from fedzo.zo.estimator import TwoPointConfig
 from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, pack
 from fedzo.zo.seeds import OWN
+from fedzo.zo.server_optimizer import SgdConfig
 
-LIMITS = Limits(
-    rounds=6,
-    most_steps=5,
-    num_clients=3,
-    num_probes=2,
-    directions=SHARED,
-    lr=0.1,
-    max_abs_g=1e6,
+RUN = RunConfig(
+    base=BaseConfig(label="m", weights_digest="", tokenizer_digest="", architecture_digest=""),
     artifact="a" * 64,
+    fl=FlConfig(num_clients=3, rounds=6, local_steps=5, batch_size=4),
+    estimator=TwoPointConfig(num_probes=2),
+    server_optimizer=SgdConfig(lr=0.1),
 )
+LIMITS = Limits(run=RUN, site=SiteFile())
 REQUEST = TrainRequest(
     client=2,
     space_id="a" * 64,
@@ -111,7 +115,8 @@ def test_values_in_place_of_the_log_must_have_been_asked_for() -> None:
 
 def test_the_sites_own_limits_hold_at_each_request() -> None:
     """Also against a server that never asked whether the site takes part."""
-    site = replace(LIMITS, step_rows=4, site=SiteLimitsConfig(most_steps=4, most_rows=12), artifact_max_bytes=100)
+    file = SiteFile(limits=SiteLimitsConfig(most_steps=4, most_rows=12), artifact_max_bytes=100)
+    site = replace(LIMITS, site=file)
 
     site.check_steps(replace(REQUEST, steps=3))
     site.check_artifact_size(100)
@@ -125,16 +130,18 @@ def test_the_sites_own_limits_hold_at_each_request() -> None:
         assert caught.value.refusal is refusal
 
 
-def test_a_site_is_one_client_of_a_run_and_no_other() -> None:
-    site = replace(LIMITS, own_client=lambda client: 1, own_client_file="rows/client-of-1")
+def test_a_site_is_one_client_of_a_run_and_no_other(tmp_path: Path) -> None:
+    site = replace(LIMITS, kept=KeptDigests(tmp_path), run_id="b" * 64)
 
+    site.check_client(1)
     site.check_client(1)
     with pytest.raises(SiteError, match="refusal 20, its site is another client of this run") as caught:
         site.check_client(2)
     assert caught.value.details == (
         "the site is client 1 of this run, and client 2 is asked. If the server's list was wrong before, delete "
-        "rows/client-of-1 and restart the site"
+        f"{tmp_path}/client-of-{'b' * 16} and restart the site"
     )
+    replace(site, run_id="c" * 64).check_client(2)
 
 
 def test_a_client_that_the_run_does_not_have_is_nobody() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import json
 import os
 from dataclasses import replace
@@ -82,6 +83,13 @@ def ended(rounds: int) -> Summary:
     return Summary(seconds=1.0, rounds=rounds, best_round=rounds, **nothing, **dict.fromkeys(sums, 0))
 
 
+def decided(round: int) -> StepDecision:
+    return StepDecision(seconds=1.0, round=round, windows=None, clients=(), fallback=False)
+
+
+EXTENSION = Extension(seconds=1.0, round=2, before=2, rounds=4)
+
+
 def commit(store: RunStore, round: int) -> None:
     proof = Proof(chain="0" * 64, check=round, digest=None)
     store.commit(record(round), attendance=[0], proof=proof, audit=audit(round))
@@ -131,8 +139,8 @@ SETUP = Setup(seconds=1.0, trainer="mezo", num_params=9, space_size=9, setup_dow
     ("line", "synced"),
     [
         (SETUP, True),
-        (Extension(seconds=1.0, round=0, before=1, rounds=2), True),
-        (StepDecision(seconds=1.0, round=0, windows=None, clients=(), fallback=False), True),
+        (EXTENSION, True),
+        (decided(0), True),
         (scored(0, 0.5, 1.0), True),
         (ended(0), True),
         (told(0), False),
@@ -227,13 +235,14 @@ def test_audit_and_metrics_of_a_round_that_was_not_committed_are_dropped(tmp_pat
     with (tmp_path / AUDIT).open("a") as file:
         file.write(to_json(audit(2)) + "\n")
     with (tmp_path / METRICS).open("a") as file:
-        for line in (told(2), scored(2, 0.5, 1.0), scored(3, 0.5, 1.0), ended(3)):
+        for line in (scored(2, 0.5, 1.0), told(2), scored(3, 0.5, 1.0), ended(3)):
             file.write(to_json(line) + "\n")
 
     store = opened(tmp_path)
 
     assert [line.round for line in store.audit] == [0, 1]
     assert [(line.kind, line.round) for line in store.metrics] == [("round", 0), ("round", 1), ("score", 2)]
+    assert opened(tmp_path).metrics == store.metrics
 
 
 def test_two_processes_cannot_use_one_folder(tmp_path: Path) -> None:
@@ -258,25 +267,59 @@ def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path: Path) ->
     store.close()
 
 
-def test_a_kill_while_an_uncommitted_round_is_dropped_loses_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("lines", "takes_back"),
+    [
+        ([told(2)], False),
+        ([told(2), scored(3, 0.5, 1.0), ended(3), EXTENSION, decided(3)], False),
+        ([EXTENSION, decided(2), scored(2, 0.5, 1.0)], True),
+    ],
+    ids=["a round was not committed", "the public log is a copy", "a longer run was refused"],
+)
+def test_a_kill_at_any_byte_of_a_cut_loses_no_line_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[MetricRecord], takes_back: bool
 ) -> None:
-    """The process dies before it has written anything: what it had to keep must not depend on that."""
-    store = open_with(tmp_path, 3)
-    store._audit.append(audit(3), durable=True)
-    store.write(told(3))
-    store.close()
+    folder, killed, states = tmp_path / "run", tmp_path / "killed", list[dict[str, bytes]]()
+    open_with(folder, 2).close()
+    kept = (folder / METRICS).read_bytes()
+    for name, added in ((AUDIT, [audit(2)]), (METRICS, lines)):
+        with (folder / name).open("a") as file:
+            file.writelines(to_json(line) + "\n" for line in added)
 
-    def killed(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
+    class Watched(io.FileIO):
+        """Takes a byte at a time, and keeps what a kill after it, or after a cut, would leave of the folder."""
+
+        def write(self, data: Any) -> int:
+            written = super().write(bytes(data[:1]))
+            states.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            return written
+
+        def truncate(self, size: int | None = None) -> int:
+            cut = super().truncate(size)
+            states.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            return cut
+
+    fdopen = os.fdopen
+
+    def watched(number: int, mode: str, **how: Any) -> Any:
+        return Watched(number, mode) if "a" in mode else fdopen(number, mode, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedzo.fl.log_files.OpenLog.append", killed)
-        RunStore(tmp_path).close()
+        patch.setattr("os.fdopen", watched)
+        with RunStore(folder) as store:
+            if takes_back:
+                store.take_back(EXTENSION)
+    after = (folder / METRICS).read_bytes()
 
-    again = opened(tmp_path)
-    assert [line.round for line in again.audit] == [0, 1, 2]
-    assert [line.round for line in again.metrics] == [0, 1, 2]
+    assert states
+    killed.mkdir()
+    for state in states:
+        for name, data in state.items():
+            (killed / name).write_bytes(data)
+        again = opened(killed)
+        assert [line.round for line in again.audit] == [0, 1]
+        assert (killed / METRICS).read_bytes().startswith(after)
+    assert after == kept
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
@@ -525,14 +568,19 @@ def test_what_rounds_say_of_their_clients_is_let_go_line_by_line(
     assert held == [before + 1] * 6
 
 
-def test_lines_that_stay_are_not_written_anew(tmp_path: Path) -> None:
+def test_an_extension_is_taken_back_with_what_its_start_told_and_no_line_before_is_written_anew(
+    tmp_path: Path,
+) -> None:
     """In memory they are without what they say of each client."""
-    extension = Extension(seconds=1.0, round=1, before=1, rounds=2)
-    with open_with(tmp_path, 1) as store:
-        store.write(extension)
-        store.write(told(1))
-        first, _, last = (tmp_path / METRICS).read_text().splitlines()
+    with open_with(tmp_path, 2) as store:
+        before = (tmp_path / METRICS).read_bytes()
+        for line in (EXTENSION, decided(2), scored(2, 0.5, 1.0)):
+            store.write(line)
 
-        store.take_back(extension)
+        store.take_back(EXTENSION)
 
-    assert (tmp_path / METRICS).read_text().splitlines() == [first, last]
+        assert (tmp_path / METRICS).read_bytes() == before
+        assert [(line.kind, line.round) for line in store.metrics] == [("round", 0), ("round", 1)]
+        store.write(scored(2, 0.7, 1.0))
+        assert (tmp_path / METRICS).read_bytes() == before + to_json(scored(2, 0.7, 1.0)).encode() + b"\n"
+    assert opened(tmp_path).metrics == store.metrics

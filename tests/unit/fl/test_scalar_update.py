@@ -7,11 +7,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from fedzo.config.load import load
+from fedzo.config.schema import RunSettings
 from fedzo.errors import PluginError
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.clip import NO_BOUND
-from fedzo.zo.estimator import Projection
+from fedzo.fl.config import StrategyConfig
+from fedzo.zo.estimator import Projection, TwoPointConfig
 
 
 class Given:
@@ -21,15 +22,8 @@ class Given:
 def sent(
     projections: list[Any], *, num_probes: int, announced: float = float("inf"), max_abs_g: float = NO_BOUND
 ) -> list[float]:
-    config, unused = load([]), cast(Any, None)
-    update = ScalarUpdate(
-        batches=unused,
-        task=config.task,
-        fl=config.fl,
-        estimator=cast(Any, Given()),
-        num_probes=num_probes,
-        max_abs_g=max_abs_g,
-    )
+    config = RunSettings(estimator=TwoPointConfig(num_probes=num_probes), strategy=StrategyConfig(max_abs_g=max_abs_g))
+    update = ScalarUpdate(config, batches=cast(Any, None), estimator=cast(Any, Given()))
     return update.as_sent(projections, cast(Any, type("Request", (), {"max_abs_g": announced})))[0].tolist()
 
 

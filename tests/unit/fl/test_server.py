@@ -17,6 +17,7 @@ import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message.message import make_message
 
+from fedzo.config.schema import RunSettings
 from fedzo.errors import ConfigError, PluginError, ProtocolError, RunFolderError
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
@@ -41,6 +42,7 @@ from fedzo.fl.replica import Replica
 from fedzo.fl.server import client_registry
 from fedzo.fl.server.aggregate import sampling_order
 from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.fl.server.metrics import round_metrics
 from fedzo.fl.server.rounds import FederationError, Server
 from fedzo.fl.server.scalar_updates import ScalarUpdates
 from fedzo.fl.server.step_policy import STEP_POLICIES
@@ -208,26 +210,21 @@ def federation(
         step_policy: StepPolicyConfig = strategy.pop("step_policy", NoStepPolicyConfig())
         stores.append(RunStore(tmp_path))
         replica = new_replica(rule)
-        fl = FlConfig(num_clients=num_clients, rounds=5, local_steps=2, hash_every=2, **settings)
-        settings_of_strategy = StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy})
+        config = RunSettings(
+            seed=1,
+            fl=FlConfig(num_clients=num_clients, rounds=5, local_steps=2, hash_every=2, **settings),
+            strategy=StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy}),
+            server_optimizer=server_optimizer,
+            step_policy=step_policy,
+        )
         server = Server(
             grid=grid,
             client_registry=ClientRegistry(num_clients=num_clients, identity=IDENTITY),
             replica=replica,
             store=stores[-1],
             artifact=artifact,
-            run_seed=1,
-            fl=fl,
-            strategy=settings_of_strategy,
-            server_optimizer=server_optimizer,
-            updates=ScalarUpdates(
-                replica=replica,
-                run_seed=1,
-                fl=fl,
-                strategy=settings_of_strategy,
-                num_probes=1,
-                gradient=gradient,
-            ),
+            config=config,
+            updates=ScalarUpdates(replica, config, gradient),
             step_policy=STEP_POLICIES.build(step_policy, num_clients=num_clients, local_steps=2, run_seed=1),
             sink=_Kept(),
             elapsed=lambda: 0.0,
@@ -694,7 +691,7 @@ def make_vectors(server: Server, clients: list[Client]) -> None:
             loss=scalars_to_bytes(loss),
         )
 
-    server.updates = VectorUpdates(size=len(BASE), strategy=server.strategy)
+    server.updates = VectorUpdates(len(BASE), server.config)
     for client in clients:
         client.train = partial(train, client)  # type: ignore[method-assign]
 
@@ -749,7 +746,7 @@ def test_of_two_nodes_of_one_client_the_first_keeps_it_until_it_leaves(
     assert means(server) == [2.0, 2.0, 2.5]
     assert grid.hellos == [100, 101, 102]
     told = [record.getMessage() for record in caplog.records]
-    assert told[0] == "node 50 is client 0, as node 100 is: it is ignored until that one leaves"
+    assert told[0] == "node 50 is ignored until node 100 leaves: both are client 0"
     assert [words for words in told if "node 50" in words] == told[:1]
     del grid.nodes[100]
     server.run_round()
@@ -816,10 +813,10 @@ def test_a_client_that_says_nothing_costs_one_deadline_until_it_answers_a_greeti
     for _ in range(8):
         began = clock.now
         server.run_round()
-        took.append(clock.now - began >= server.strategy.deadline_s)
+        took.append(clock.now - began >= server.config.strategy.deadline_s)
     assert took == [True] + [False] * 7
     assert len(clients[1].requests) == 2
-    assert reason_for(server, 5, 1) == "no reply since round 2; it is asked again once it answers a greeting"
+    assert reason_for(server, 5, 1) == "no reply since round 2; it is asked again once it registers"
     assert server.client_registry.presence(5).clients[1].state == "silent"
 
     grid.nodes[101] = clients[1]
@@ -864,7 +861,7 @@ def test_a_client_that_answers_greetings_and_no_more_costs_a_deadline_after_1_2_
     for _ in range(9):
         began = clock.now
         server.run_round()
-        took.append(clock.now - began >= server.strategy.deadline_s)
+        took.append(clock.now - began >= server.config.strategy.deadline_s)
 
     assert sorted(set(asked)) == [0, 1, 3, 7]
     assert [number for number, late in enumerate(took) if late] == [0, 1, 3, 7]
@@ -1122,15 +1119,16 @@ def test_a_client_cannot_come_back_with_another_weight(federation: Any, caplog: 
 def test_what_a_client_declares_counts_within_the_cap_and_the_server_says_so(
     federation: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server, clients, _ = federation(5, weighting=Weighting.size, size_cap=2.0)
+    server, _, _ = federation(5, weighting=Weighting.size, size_cap=2.0)
     server.warn_of_cut_sizes()
     assert not caplog.text
-    server.client_registry.hellos[4] = replace(clients[4].hello, num_train=2**62)
+    registered = server.client_registry.clients
+    registered[4] = replace(registered[4], num_train=2**62)
 
     server.warn_of_cut_sizes()
     server.run_round()
 
-    assert "strategy.size_cap: the rows of clients [4] count as 2 times the median" in caplog.text
+    assert "strategy.size_cap: the rows of clients [4] count only as 2 times the median" in caplog.text
 
     weights = [entry.weight for entry in server.store.audit[0].clients]
     assert weights == [10, 20, 30, 40, 60]  # twice the median
@@ -1140,7 +1138,8 @@ def test_a_resumed_run_goes_on_with_the_registrations_of_its_record(
     federation: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, clients, _ = federation()
-    record = [ClientSetup(client=c.index, num_train=c.hello.num_train, num_heldout=0, label_counts={}) for c in clients]
+    rows = [10, 20, 30]
+    record = [ClientSetup(client=k, num_train=n, num_heldout=0, label_counts={"0": n}) for k, n in enumerate(rows)]
     again = ClientRegistry(num_clients=3, identity=IDENTITY)
     again.recall(record)
     clients[1].hello = replace(clients[1].hello, num_train=7)  # its rows are others now
@@ -1150,12 +1149,26 @@ def test_a_resumed_run_goes_on_with_the_registrations_of_its_record(
     again.wait(grid, timeout_s=1.0, fewest=1)
 
     assert sorted(again.nodes) == [0]
-    assert [again.hellos[k].num_train for k in range(3)] == [10, 20, 30]
+    assert [again.clients[k].num_train for k in range(3)] == rows
+    assert [row.version for row in again.presence(0).clients] == [clients[0].hello.version, "", ""]
     assert "client 1: it must hold the rows that it registered with (20 to train), got 7" in caplog.text
     assert "the run continues although clients [1, 2] did not register within 1 s" in caplog.text
     assert "came back" not in caplog.text  # it was not here before
     with pytest.raises(ProtocolError, match=r"clients \[0, 1, 2\] did not\. Start them\.$"):
         ClientRegistry(num_clients=3, identity=IDENTITY).wait(Grid([]), timeout_s=0.2, fewest=1)
+
+
+def test_a_client_cannot_come_back_to_a_resumed_run_with_other_label_counts() -> None:
+    client, registry = Client(0), ClientRegistry(num_clients=1, identity=IDENTITY, num_labels=2)
+    client.hello = replace(client.hello, label_counts='{"0": 5, "1": 5}')
+    registry.recall([ClientSetup(client=0, num_train=10, num_heldout=0, label_counts={"0": 4, "1": 6})])
+
+    with pytest.raises(ProtocolError, match="it must hold the rows that it registered with"):
+        registry.wait(Grid([client]), timeout_s=0.2)
+    registry.recall([ClientSetup(client=0, num_train=10, num_heldout=0, label_counts={"0": 5, "1": 5})])
+    registry.wait(Grid([client]), timeout_s=60.0)  # who was refused is greeted again after some seconds
+
+    assert registry.nodes == {0: 100}
 
 
 def test_a_client_that_was_not_let_in_may_come_back_mended(federation: Any) -> None:
@@ -1197,12 +1210,12 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"task_digest": "x"}, "its task must be"),
         ({"num_train": 0}, "at least one training row, got 0"),
         ({"num_train_cut": 11}, "no more of its rows can be cut than it has"),
-        ({"label_counts": "[1"}, r"label_counts must be a JSON object of counts, got '\[1'"),
-        ({"label_counts": '{"0": Infinity}'}, "label_counts must be a JSON object of counts, got"),
-        ({"label_counts": '{"0": -1}'}, "label_counts must be a JSON object of counts, got"),
+        ({"label_counts": "[1"}, "label_counts: must be JSON, got Expecting ',' delimiter"),
+        ({"label_counts": '{"0": Infinity}'}, "label_counts: must be JSON, got Infinity"),
+        ({"label_counts": '{"0": -1}'}, r"label_counts: \['0'\] must be a whole number of 0 to \d+, got -1"),
         ({"label_counts": '{"0": 9}'}, r"label_counts must count its 10 training rows by label \(0 to 1\)"),
         ({"label_counts": '{"2": 10}'}, "label_counts must count its 10 training rows by label"),
-        ({"label_counts": '{"\\ud800": 10}'}, "label_counts must be a JSON object of counts, got"),
+        ({"label_counts": '{"\\ud800": 10}'}, "label_counts: must have keys that are text that UTF-8 can hold, got"),
     ],
 )
 def test_a_node_that_does_not_belong_to_the_run_is_named_and_ends_nothing(
@@ -1232,7 +1245,7 @@ def test_two_clients_of_one_index_and_missing_clients_are_named() -> None:
     grid.connect(555, Client(0))
 
     with pytest.raises(
-        ProtocolError, match=r"clients \[1\] did not \(node 555 is client 0, as node 100 is: it is igno"
+        ProtocolError, match=r"clients \[1\] did not \(node 555 is ignored until node 100 leaves: both are"
     ):
         ClientRegistry(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=0.5)
     with pytest.raises(ProtocolError, match=r"clients \[1, 2\] did not. Start them"):
@@ -1319,7 +1332,7 @@ def test_a_greeting_after_silence_says_since_when(federation: Any) -> None:
 
     server.run_round()
 
-    assert grid.whys == ["", "", "", "no reply since round 0; it is asked again once it answers a greeting"]
+    assert grid.whys == ["", "", "", "no reply since round 0; it is asked again once it registers"]
 
 
 @pytest.mark.parametrize(
@@ -1365,7 +1378,7 @@ def test_what_is_handed_over_while_waiting_grows_with_the_clients_and_not_with_t
         return pull(names[:1])
 
     grid.pull_messages = one_at_a_time
-    server.strategy.deadline_s = server._state_sync.deadline_s = 60.0
+    server.config.strategy.deadline_s = 60.0
     server.run_round()
 
     assert len(server.store.rounds[0].attendance) == num_clients
@@ -1520,13 +1533,17 @@ def test_a_resumed_server_refuses_an_audit_log_whose_earlier_lines_are_not_those
 
 
 def test_what_is_told_of_the_clients_decides_no_bound(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ScalarUpdates, "clients", lambda *told: ())
+    def without_clients(*round: Any, **told: Any) -> Round:
+        return replace(round_metrics(*round, **told), clients=(), loss=None, mean_abs_g=None)
+
+    monkeypatch.setattr("fedzo.fl.server.rounds.round_metrics", without_clients)
     server, clients, _ = federation(clip_factor=2.0, clip_rounds=3)
 
     for _ in range(2):
         server.run_round()  # g is 1, 2, 3
 
     assert [request.max_abs_g for request in clients[0].requests] == [0.0, 4.0]
+    assert [record.clients for record in server.sink.records] == [(), ()]
 
 
 def test_the_bound_needs_the_last_rounds_alone(federation: Any) -> None:
@@ -1741,7 +1758,6 @@ def test_wire_bytes_of_a_round_are_those_since_the_round_before(federation: Any)
 )
 def test_a_step_policy_is_held_to_the_clients_and_steps_of_the_run(federation: Any, plan: Any, rule: str) -> None:
     server, clients, _ = federation()
-    server.most_steps = 2
     server.step_policy = _Planned(plan)
 
     with pytest.raises(PluginError, match=rf"_Planned\.plan {rule}"):

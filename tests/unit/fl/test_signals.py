@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedzo.errors import RunFolderError
+from fedzo.fl.config import StrategyConfig
 from fedzo.fl.server.aggregate import ClientResult, aggregate
 from fedzo.fl.server.signals import Signals
 from fedzo.records.decode import decode_json, to_json
@@ -22,7 +23,7 @@ from fedzo.zo.directions import SHARED, direction
 from fedzo.zo.log import RoundRecord
 from fedzo.zo.seeds import OWN, step_key
 
-N, SEED = 50, 11
+N, SEED, MEAN = 50, 11, StrategyConfig()
 GRADIENT = np.linspace(-2, 3, N).astype(np.float32)
 LAWS = list(Distribution)
 
@@ -67,21 +68,22 @@ def oracle(
 def play(signals: Signals, round: int, directions: int, audit: list[AuditLine]) -> dict[int, dict[str, Any]]:
     """One round as the server plays it."""
     results = replies(round)
-    record = aggregate(results, {2: 1, 4: 2, 7: 3}, round=round, lr=0.1, steps=5, probes=2, directions=directions)
+    record = aggregate(results, {2: 1, 4: 2, 7: 3}, round=round, lr=0.1, directions=directions, strategy=MEAN)
     line = line_of(record, results, signals)
     audit.append(decode_json(AuditLine, to_json(line), where="audit", error=RunFolderError))
     signals.note(line)
-    found = signals.of_round(record, results, line)
+    found = signals.of_round(record, line)
     return {client: listed(signals) for client, signals in found.items()}
 
 
 def line_of(record: RoundRecord, results: dict[int, ClientResult], signals: Signals) -> AuditLine:
-    return audit_line(
+    line = audit_line(
         {client: result.g for client, result in sorted(results.items())},
         dropped={client: result.dropped for client, result in results.items()},
         xi=signals.products(record),
         round=record.round,
     )
+    return replace(line, clients=tuple(replace(entry, loss=results[entry.client].loss) for entry in line.clients))
 
 
 def listed(signals: StepSignals) -> dict[str, Any]:
@@ -140,11 +142,11 @@ def test_a_client_whose_every_step_was_lost_has_no_means() -> None:
     result = ClientResult(g=np.zeros((2, 1), np.float32), loss=np.full((2, 1), np.nan, np.float32), dropped=lost,
                           end_check=0)  # fmt: skip
     signals = new_signals(LAWS[0], [])
-    record = aggregate({0: result}, {0: 1}, round=0, lr=0.1, steps=2, probes=1, directions=SHARED)
+    record = aggregate({0: result}, {0: 1}, round=0, lr=0.1, directions=SHARED, strategy=MEAN)
     line = line_of(record, {0: result}, signals)
     signals.note(line)
 
-    assert listed(signals.of_round(record, {0: result}, line)[0]) == {
+    assert listed(signals.of_round(record, line)[0]) == {
         **{name: [None, None] for name in ("grad_ip", "abs_g", "loss", "cosine")},
         **dict.fromkeys(("mean_abs_grad_ip", "mean_abs_g")),
     }

@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedzo.evaluate.base import RESERVED
-from fedzo.fl.config import SiteLimitsConfig
+from fedzo.config.schema import RunConfig
+from fedzo.data.config import TaskConfig
+from fedzo.data.preprocess import IdentityConfig
+from fedzo.fl.config import FlConfig, SiteLimitsConfig
 from fedzo.fl.messages import Refusal
 from fedzo.fl.site_limits import (
-    LABEL_COUNTS,
-    LOSS,
-    NONE,
-    PER_CLASS,
-    STAGE_FIGURES,
     SiteError,
     answers_any,
     check_base,
@@ -28,17 +25,19 @@ from fedzo.fl.site_limits import (
     leaving_count,
     leaving_figures,
 )
+from fedzo.models.config import BaseConfig
 from fedzo.records.scores import PartialScore, Score
+from fedzo.zo.estimator import BackpropConfig, TwoPointConfig
 
-RUN: dict[str, Any] = {
-    "task": "sst2",
-    "trainer": "meerkat",
-    "stages": ["identity", "rewrite"],
-    "base_digest": "b" * 64,
-    "label_counts": True,
-    "num_probes": 2,
-}
-OF_VECTORS = {**RUN, "num_probes": 0}
+RUN = RunConfig(
+    base=BaseConfig(label="m", weights_digest="b" * 64, tokenizer_digest="", architecture_digest=""),
+    artifact="a" * 64,
+    task=TaskConfig(name="sst2"),
+    preprocess={"identity": IdentityConfig(), "rewrite": IdentityConfig()},
+    fl=FlConfig(local_steps=5, batch_size=2, label_counts=True),
+    estimator=TwoPointConfig(num_probes=2),
+)
+OF_VECTORS = replace(RUN, estimator=BackpropConfig())
 SCORE = Score(
     "accuracy", 0.75, 0.5, 8, per_class={0: (3, 3), 1: (3, 5)}, auc=0.9, numbers={"calibration": 0.125, "length": 7.0}
 )
@@ -46,6 +45,10 @@ SCORE = Score(
 
 def limits(**keys: Any) -> SiteLimitsConfig:
     return replace(SiteLimitsConfig(), **keys)
+
+
+def join(site: SiteLimitsConfig, run: RunConfig = RUN) -> None:
+    check_run(site, run, trainer="meerkat")
 
 
 def register(label_counts: dict[str, int] | None = None, *, min_rows: int) -> None:
@@ -84,7 +87,7 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
 
 
 def test_a_file_without_limits_refuses_vectors_and_nothing_else_and_withholds_nothing() -> None:
-    check_run(limits(), **{**RUN, "num_probes": 10**6})
+    join(limits(), replace(RUN, estimator=TwoPointConfig(num_probes=10**6)))
     check_work(limits(), steps=10**6, step_rows=10**6)
     check_base(limits(), "c" * 64, whose="the model")
     check_rows(limits(), num_train=1, label_counts={"0": 1}, num_labels=2)
@@ -108,24 +111,23 @@ def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
         min_rows=3,
     )
 
-    check_run(site, **RUN)
-    check_work(site, steps=5, step_rows=2)
+    join(site)
     check_rows(site, num_train=6, label_counts={"0": 3, "1": 3}, num_labels=2)
 
 
 def test_vectors_leave_a_site_that_says_so_whatever_it_says_of_probes() -> None:
-    check_run(limits(vectors=True, most_probes=1), **OF_VECTORS)
+    join(limits(vectors=True, most_probes=1), OF_VECTORS)
 
 
 @pytest.mark.parametrize(
     ("check", "number", "details"),
     [
-        (lambda: check_run(limits(tasks=["rte", "boolq"]), **RUN), 11, "limits.tasks allows rte, boolq, .* has sst2"),
-        (lambda: check_run(limits(trainers=["lora"]), **RUN), 12, "limits.trainers allows lora, .* has meerkat"),
-        (lambda: check_run(limits(stages=["identity"]), **RUN), 13, "limits.stages allows identity, .* has rewrite"),
-        (lambda: check_work(limits(most_steps=4), steps=5, step_rows=1), 14, "limits.most_steps is 4, and 5 are"),
-        (lambda: check_work(limits(most_rows=9), steps=5, step_rows=2), 15, "most_rows is 9, and 5 steps of 2 rows"),
-        (lambda: check_run(limits(base_digest="a" * 64), **RUN), 16, "limits.base_digest is a{64}, .* has b{64}"),
+        (lambda: join(limits(tasks=["rte", "boolq"])), 11, "limits.tasks allows rte, boolq, .* has sst2"),
+        (lambda: join(limits(trainers=["lora"])), 12, "limits.trainers allows lora, .* has meerkat"),
+        (lambda: join(limits(stages=["identity"])), 13, "limits.stages allows identity, .* has rewrite"),
+        (lambda: join(limits(most_steps=4)), 14, "limits.most_steps is 4, and 5 are"),
+        (lambda: join(limits(most_rows=9)), 15, "most_rows is 9, and 5 steps of 2 rows"),
+        (lambda: join(limits(base_digest="a" * 64)), 16, "limits.base_digest is a{64}, .* has b{64}"),
         (lambda: check_base(limits(base_digest="a" * 64), "c", whose="model m"), 16, "and model m has c"),
         (
             lambda: check_rows(limits(min_rows=9), num_train=8, label_counts={}, num_labels=2),
@@ -137,10 +139,10 @@ def test_vectors_leave_a_site_that_says_so_whatever_it_says_of_probes() -> None:
             18,
             "2 rows of label 1",
         ),
-        (lambda: check_run(limits(answers=["loss"]), **RUN), 19, "limits.answers lacks label_counts"),
-        (lambda: check_run(limits(answers=["none"]), **RUN), 19, "limits.answers lacks label_counts"),
-        (lambda: check_run(limits(), **OF_VECTORS), 22, "limits.vectors is false, .* send update vectors"),
-        (lambda: check_run(limits(most_probes=1), **RUN), 23, "limits.most_probes is 1, and 2 are asked"),
+        (lambda: join(limits(answers=["loss"])), 19, "limits.answers lacks label_counts"),
+        (lambda: join(limits(answers=["none"])), 19, "limits.answers lacks label_counts"),
+        (lambda: join(limits(), OF_VECTORS), 22, "limits.vectors is false, .* send update vectors"),
+        (lambda: join(limits(most_probes=1)), 23, "limits.most_probes is 1, and 2 are asked"),
     ],
 )
 def test_each_limit_has_its_number_and_only_the_site_learns_more(
@@ -232,7 +234,3 @@ def test_where_none_leaves_no_number_of_that_name_does() -> None:
 
     assert leaving(limits(answers=["none"]), score, num_labels=2) is None
     assert not answers_any(limits(answers=["none"]), ["none"], num_rows=8)
-
-
-def test_no_evaluator_may_take_a_name_that_the_file_has_for_something_else() -> None:
-    assert {LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE} == RESERVED

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.config.schema import RunSettings
 from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.fl.config import Aggregation, StrategyConfig
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_to_bytes
 from fedzo.fl.server import vector_updates
+from fedzo.fl.server.metrics import round_metrics
+from fedzo.fl.server.step_policy.baselines import OracleConfig
 from fedzo.fl.server.updates import Replies
 from fedzo.fl.server.vector_updates import VectorResult, VectorUpdates
 from fedzo.records.decode import parse_json, to_json
@@ -25,7 +28,7 @@ REQUEST = TrainRequest(client=0, steps=2, lr=0.5)
 
 
 def updates(**strategy: Any) -> VectorUpdates:
-    return VectorUpdates(size=SIZE, strategy=StrategyConfig(**strategy))
+    return VectorUpdates(SIZE, RunSettings(strategy=StrategyConfig(**strategy)))
 
 
 def replies(results: dict[int, VectorResult], weights: dict[int, float], **asked: Any) -> Replies[VectorResult]:
@@ -130,7 +133,8 @@ def test_normalised_shares_make_up_for_unequal_steps() -> None:
     }
     mean = (1 * 4 + 2 * 1 + 1 * 2) / 4
 
-    record = VectorUpdates(SIZE, StrategyConfig(), normalise=True).combine(replies(results, weights))
+    config = RunSettings(step_policy=OracleConfig(normalise=True))
+    record = VectorUpdates(SIZE, config).combine(replies(results, weights))
 
     by_hand = sum(weights[k] / 4 * mean * results[k].change.astype(float) / steps[k] for k in steps)
     assert record.read() == pytest.approx(by_hand, rel=1e-6)
@@ -199,11 +203,15 @@ def test_an_audit_line_out_of_its_ranges_is_refused(change: dict[str, Any], matc
 
 
 def test_metrics_tell_losses_and_no_g() -> None:
-    results = {1: updates().check(reply(loss=[0.5, np.nan]), REQUEST)}
-    got = replies(results, {1: 1.0}, round=6)
+    results = {3: updates().check(reply(loss=[0.5, np.nan]), REQUEST), 1: updates().check(reply(), REQUEST)}
+    got = replies(results, {1: 1.0, 3: 2.0}, round=6)
+    record = updates().combine(got)
+    audit = updates().audit(record, got)
+    unused: dict[str, Any] = {"clipped": 0, "wire": None, "down_bytes": 0, "seconds": 0.0, "round_seconds": 0.0}
 
-    (client,) = updates().clients(updates().combine(got), got, line())
+    told = round_metrics(record, got, audit, updates().signals(record, audit), **unused)
 
-    assert (client.client, client.loss, client.abs_g, client.steps) == (1, 0.5, None, 2)
-    assert client.signals.loss == (0.5, None)
-    assert client.signals.grad_ip == client.signals.abs_g == (None, None)
+    rows = [(row.client, row.loss, row.abs_g, row.steps, row.signals.loss) for row in told.clients]
+    assert rows == [(1, 0.375, None, 2, (0.5, 0.25)), (3, 0.5, None, 2, (0.5, None))]
+    assert all(row.signals.grad_ip == row.signals.abs_g == (None, None) for row in told.clients)
+    assert (told.loss, told.mean_abs_g) == (0.4375, None)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from fedzo.config.schema import RunConfig
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
 from fedzo.fl.site_limits import SiteError, check_rows, check_run, leaving
+from fedzo.models.config import BaseConfig
 from fedzo.records.scores import Score
+from fedzo.zo.estimator import BackpropConfig, TwoPointConfig
 
 BOTH = {0: (12, 20), 1: (8, 20)}
 ONE = {0: (20, 40)}
-RUN: dict[str, Any] = {
-    "task": "sst2",
-    "trainer": "meerkat",
-    "stages": [],
-    "base_digest": "a" * 64,
-    "label_counts": False,
-    "num_probes": 0,
-}
+RUN = RunConfig(
+    base=BaseConfig(label="m", weights_digest="a" * 64, tokenizer_digest="", architecture_digest=""),
+    artifact="a" * 64,
+    estimator=BackpropConfig(),
+)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +63,11 @@ def test_label_counts_of_few_rows_are_refused_and_no_row_is_few(counts: dict[str
 
 
 def test_a_run_that_needs_losses_is_refused_by_a_site_that_keeps_them() -> None:
-    check_run(SiteLimitsConfig(vectors=True), **RUN)
-    check_run(SiteLimitsConfig(vectors=True, answers=["loss"]), **RUN)
-    check_run(SiteLimitsConfig(answers=["accuracy"]), **{**RUN, "num_probes": 1})
+    of_scalars = replace(RUN, estimator=TwoPointConfig())
+    check_run(SiteLimitsConfig(vectors=True), RUN, trainer="meerkat")
+    check_run(SiteLimitsConfig(vectors=True, answers=["loss"]), RUN, trainer="meerkat")
+    check_run(SiteLimitsConfig(answers=["accuracy"]), of_scalars, trainer="meerkat")
 
-    with pytest.raises(SiteError, match="refusal 21, its site does not tell the losses") as told:
-        check_run(SiteLimitsConfig(vectors=True, answers=["accuracy"]), **RUN)
+    with pytest.raises(SiteError, match="refusal 21, its site does not send the losses") as told:
+        check_run(SiteLimitsConfig(vectors=True, answers=["accuracy"]), RUN, trainer="meerkat")
     assert told.value.refusal is Refusal.losses

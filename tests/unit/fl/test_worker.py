@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 
-from fedzo.data.config import TaskConfig
+from fedzo.config.schema import RunConfig, SiteFile
 from fedzo.data.encode import Example
 from fedzo.errors import ProtocolError
 from fedzo.fl.client.worker import ClientData, ClientWorker, log_failure
 from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.limits import Limits
 from fedzo.fl.messages import Hello, Identity, Status, TrainReply, TrainRequest
+from fedzo.models.config import BaseConfig
 
 IDENTITY = Identity(config_hash="a" * 64, base_digest="b" * 64, tokenizer_digest="c" * 64, task_digest="e" * 64)
+RUN = RunConfig(
+    base=BaseConfig(label="m", weights_digest="", tokenizer_digest="", architecture_digest=""), artifact="e" * 64
+)
 
 
 def test_a_log_of_the_site_shows_a_servers_words_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -36,21 +41,11 @@ def test_how_many_rows_were_cut_is_a_count_as_any_other(min_rows: int, told: tup
         heldout=[replace(whole, cut=number < 1) for number in range(8)],
         label_counts={},
     )
-    limits: Any = SimpleNamespace(
-        site=SiteLimitsConfig(min_rows=min_rows), artifact="", check_client=lambda client: None
-    )
+    limits = Limits(run=RUN, site=SiteFile(limits=SiteLimitsConfig(min_rows=min_rows)))
     unused: Any = None
     clients: Any = SimpleNamespace(register=lambda client, begun: "d" * 64, data=lambda client: data)
-    worker = ClientWorker(
-        IDENTITY,
-        unused,
-        clients,
-        limits=limits,
-        task=TaskConfig(),
-        evaluators={},
-        scored_rows=8,
-        artifacts=SimpleNamespace(find=lambda digest: True),
-    )
+    artifacts: Any = SimpleNamespace(find=lambda digest: True)
+    worker = ClientWorker(IDENTITY, unused, clients, limits=limits, evaluators={}, artifacts=artifacts)
 
     reply = worker.hello(Hello(client=0))
 
@@ -64,23 +59,15 @@ def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_one
     workspace: Any = SimpleNamespace(replica=SimpleNamespace(sync=lambda request: next(statuses), position=0))
     artifacts: Any = SimpleNamespace(find=lambda digest: True)
     limits: Any = SimpleNamespace(
-        site=SiteLimitsConfig(),
+        run=RUN,
+        site=SiteFile(),
         check_client=lambda client: None,
         check_steps=lambda request: None,
         check_state=lambda request, asked_values: asked.append((request.client, asked_values)),
     )
     update: Any = SimpleNamespace(reply_type=TrainReply, make=lambda at, request: TrainReply())
     clients: Any = SimpleNamespace(prepare=lambda client: None, workspace=lambda artifact, asked: workspace)
-    worker = ClientWorker(
-        IDENTITY,
-        update,
-        clients,
-        limits=limits,
-        task=TaskConfig(),
-        evaluators={},
-        scored_rows=8,
-        artifacts=artifacts,
-    )
+    worker = ClientWorker(IDENTITY, update, clients, limits=limits, evaluators={}, artifacts=artifacts)
 
     for client, values, log in (
         *((0, b"", b""), (0, b"", b"log"), (1, b"", b"log")),

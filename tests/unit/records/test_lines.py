@@ -108,6 +108,7 @@ def test_what_is_written_later_is_no_line_and_what_is_left_out_stays_in_the_file
     records.leave_out_from(3)
 
     assert (len(records), list(records)) == (3, [0, 1, 2])
+    assert records.num_bytes == len(b"".join(before.splitlines(keepends=True)[:3]))
     assert (tmp_path / NAME).read_bytes() == before + b'{"n": 4}\n'
 
 

@@ -158,7 +158,7 @@ def test_equal_clients_are_not_called_unlike(make_run: MakeRun) -> None:
     assert alike == "Rows per client and label: 20 to 40 rows a client."
     assert unlike == (
         "Rows per client and label: 20 to 40 rows a client. Up to 100 % of a client's rows have the same label (client "
-        "2). Different colours mean non-IID clients."
+        "2). Unequal mixes mean non-IID clients."
     )
 
 
@@ -317,5 +317,5 @@ def test_a_count_of_one_has_a_singular(make_run: MakeRun) -> None:
 
     assert "over the first round, " in captions
     assert "in 1 round (mean over 3 clients)" in captions
-    assert "After 1 round, each client" in captions
+    assert "After 1 round, on each client" in captions
     assert not re.search(r"\b1 (rounds|rows|clients)\b", captions)

@@ -108,7 +108,7 @@ def test_colours_go_from_even_to_one_sided(make_run: MakeRun) -> None:
     hexes = {name: "#" + "".join(f"{round(255 * part):02x}" for part in rgba[:3]) for name, rgba in colour.items()}
     assert hexes == {"client 2": ORANGE, "client 0": ORANGE, "client 1": BLUE}
     bar = next(axes for axes in figure.axes if not axes.lines)
-    assert bar.get_xlabel() == "rows with the client's commonest label"
+    assert bar.get_xlabel() == "share of the client's commonest label"
 
 
 def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps_are_shaded(make_run: MakeRun) -> None:
@@ -153,7 +153,7 @@ def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps
     assert [text.get_text() for text in panels(figure_of(folder)[0])["client 2"].texts] == ["flagged:\nT_k = 8"]
     fallback, caption = figure_of(make_run("fallback", lines=[*records, {**newest, "fallback": True}]))
     assert [text.get_text() for text in panels(fallback)["client 2"].texts] == ["flagged:\nT_k = 1"]
-    assert "more than may be stopped early" in caption
+    assert "Too many to stop any of them early." in caption
 
 
 def test_of_many_clients_the_flagged_are_drawn_and_a_sequential_decision_has_its_place_in_time(
@@ -223,7 +223,7 @@ def test_many_clients_and_steps_stay_small_and_the_panel_of_all_is_kept(make_run
     assert np.mean(list(x.values())) == pytest.approx(
         np.mean([r + t / 10 for r in range(10) for t in range(100)]), 0.01
     )
-    assert f"{MAX_PANELS} of {2 * MAX_PANELS} clients are drawn" in caption
+    assert f"{MAX_PANELS} of {2 * MAX_PANELS} clients are shown" in caption
     assert "abs_g" in [picture.name for picture in draw_figures(load_run(folder))]
 
 

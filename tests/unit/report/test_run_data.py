@@ -51,7 +51,7 @@ def test_a_line_torn_at_the_end_is_left_out_and_said(make_run: MakeRun) -> None:
     run = load_run(folder)
 
     assert [line.round for line in run.rounds] == [0]
-    assert any("torn" in note for note in run.notes)
+    assert any("incomplete" in note for note in run.notes)
 
 
 def test_a_last_line_without_newline_that_is_whole_counts(make_run: MakeRun) -> None:
@@ -71,7 +71,9 @@ def test_a_last_line_without_newline_that_is_whole_counts(make_run: MakeRun) -> 
         ('{"kind": "round"\n{"kind": "x"}\n', r"metrics\.jsonl, line 1: must be JSON, got Expecting ','"),
         ('{"kind": "round", "loss": NaN}\n', r"line 1: must be JSON, got NaN, which is not JSON"),
         ("[1]\n", r"line 1: kind must be one of setup, extension, round, .*, got None"),
-        ("\n", r"metrics\.jsonl: must hold at least one record, got none"),
+        ("", r"metrics\.jsonl: must hold at least one record, got none"),
+        ('{"kind": "ro', r"metrics\.jsonl: must hold at least one record, got none"),
+        ("\n", r"line 1: must be JSON, got Expecting value"),
         ("[" * 100_000 + "\n", "line 1: must be JSON, got maximum recursion"),
         ('{"kind": "round", "loss": 1' + "0" * 5000 + "}\n", "line 1: must be JSON, got Exceeds the limit"),
         ('{"kind": "round", "loss": "\udcff"}\n', "line 1: must be JSON, got 'utf-8' codec"),

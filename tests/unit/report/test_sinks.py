@@ -41,7 +41,7 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
 
     out = capsys.readouterr().out
     assert "106,020 of 134,515,008 weights trained (0.079 %), 3 clients, 90 training rows" in out
-    assert "estimate: 500 MB of memory for a step, 1 min 40 s" in out
+    assert "estimate: 500 MB of memory per step, 1 min 40 s for all forwards" in out
     assert "round 10/10  loss 0.530" in out
     assert "up 2.4 kB  down 9.0 kB" in out
     assert "0.555 -> 0.765" in out
@@ -73,7 +73,8 @@ def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_lef
     assert begun == "first round ..."
     assert lines[0].startswith("round 1/10  loss 0.800")
     assert lines[1].startswith("round 2/10  (calibration)  loss 0.770")
-    assert [line.rpartition("left ")[2] for line in lines] == ["n/a", "n/a", "1 min 03 s", "1 min 00 s"]
+    ends = [line.rpartition("  ")[2] for line in lines]
+    assert ends == ["n/a left", "n/a left", "1 min 03 s left", "1 min 00 s left"]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_a_replay_that_takes_long_is_told_and_one_of_nothing_is_not(capsys: pyte
             advance(rounds, rounds)
     sink.close()
 
-    assert capsys.readouterr().out == "replaying 1 round ...\ngoing back to the model after 4 rounds ...\n"
+    assert capsys.readouterr().out == "replaying 1 round ...\nrestoring the model after 4 rounds ...\n"
 
 
 @pytest.mark.parametrize(("stderr", "shown"), [(False, ("measuring ...\n", "")), (True, ("", "measuring ...\n"))])

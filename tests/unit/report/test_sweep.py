@@ -68,7 +68,7 @@ def test_runs_that_were_started_one_by_one_are_compared_by_what_differs(make_run
     assert page == tmp_path / "both" / "report.html"
     text = page.read_text()
     assert "Lowest dev loss: 0.200 (mezo)" in text
-    assert "Choose by the dev loss" in text
+    assert "Choose settings by the dev loss" in text
     assert [line.split(" | ")[1] for line in (tmp_path / "both" / "sweep.md").read_text().splitlines()[2:]] == [
         "meerkat",
         "mezo",
@@ -295,7 +295,7 @@ def test_a_run_that_is_repeated_with_its_seed_counts_once(make_run: MakeRun, tmp
 
     page = write_comparison(runs, tmp_path / "all")
 
-    assert "the last stands for all in the means" in page.read_text()
+    assert "only the last counts in the means" in page.read_text()
     assert "| 2 | 0.250 | 75.0 % +- 63.5 points |" in (tmp_path / "all" / "sweep.md").read_text()
 
 
@@ -315,7 +315,7 @@ def test_jobs_that_chose_by_the_dev_value_are_ordered_by_it(
 
     assert page is not None
     assert headline in page.read_text()
-    assert "Choose by the dev value" in page.read_text()
+    assert "Choose settings by the dev value" in page.read_text()
 
 
 def test_dev_values_without_a_loss_are_ordered_on_the_same_rows_only(make_run: MakeRun, tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_jobs_that_chose_among_different_numbers_of_rounds_are_named(make_run: M
 
     page = write_comparison(runs, tmp_path / "both").read_text()
 
-    told = "The jobs chose their best round among 2 to 3 dev scores: more scores are more chances."
+    told = "Best rounds were chosen among 2 to 3 dev scores: jobs with more scores are favoured."
     assert told not in same
     assert told in page
 

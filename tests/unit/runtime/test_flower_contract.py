@@ -301,6 +301,7 @@ def test_names_of_the_network_parts_have_the_shape_that_is_used() -> None:
 
     from fedzo.runtime.net import _flower_http
     from fedzo.runtime.net._flower_grid import ServerGrid
+    from fedzo.runtime.net.serve import KeyedGrid
 
     assert {_flower_http._ACQUIRE} == run_superexec._SUPEREXEC_AUTH_METHODS
     assert parameters(_flower_http.pull_task_input) == ["client"]
@@ -310,12 +311,15 @@ def test_names_of_the_network_parts_have_the_shape_that_is_used() -> None:
     assert isinstance(inspect.getattr_static(HttpGrid, "_runtime_client"), property)
     grid = ServerGrid("127.0.0.1:1", root_certificates=b"", token="x")
     assert {"node", "_run"} <= vars(grid).keys()
-    assert {"max_time", "on_backoff", "wait_function"} <= vars(grid._retry_invoker).keys()
+    assert {"max_time", "wait_function"} <= vars(grid._retry_invoker).keys()
     assert vars(make_simple_http_retry_invoker()).keys() == vars(grid._retry_invoker).keys()
     assert {"start", "stop", "is_running"} <= set(dir(_flower_http.HeartbeatSender))
     assert {"server_app", "client_app", "num_supernodes", "backend_config"} <= set(parameters(run_simulation))
     assert parameters(flower_superlink) == parameters(flower_supernode) == []
-    assert "get_nodes" in dir(ServerGrid)
+    assert "get_nodes" in dir(HttpGrid)
+    defined = {name for kind in (ServerGrid, KeyedGrid) for name in vars(kind) if not name.startswith(("__", "_abc_"))}
+    assert defined & set(dir(HttpGrid)) == {"get_node_ids", "push_messages", "pull_messages"}
+    assert set(KeyedGrid.__init__.__code__.co_names) & vars(grid).keys() == set()  # nor what it sets
 
 
 @pytest.mark.slow

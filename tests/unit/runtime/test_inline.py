@@ -105,14 +105,6 @@ def test_error_of_a_client_is_a_reply_in_flowers_form_and_the_others_go_on() -> 
     play(client, main)
 
 
-def test_message_to_an_unknown_node_is_answered_by_an_error() -> None:
-    def main(grid: Grid, context: Context) -> None:
-        (answer,) = ask(grid, [request(99)])
-        assert answer.error.code == ErrorCode.NODE_UNAVAILABLE
-
-    play(echo, main)
-
-
 def test_neither_side_sees_what_the_other_does_to_a_message_later() -> None:
     kept: list[Message] = []
 

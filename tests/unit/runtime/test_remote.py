@@ -13,11 +13,12 @@ import pytest
 
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.runtime.config import RemoteConfig
+from fedzo.runtime.net import server_process
 from fedzo.runtime.net.credentials import make_key
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 from fedzo.runtime.remote import run_remote
 
-SERVES = (sys.executable, "-S", "-c", "print('the run is served')")
+SERVES = [sys.executable, "-S", "-c", "print('the run is served')"]
 Run = Callable[[Path], None]
 
 
@@ -34,11 +35,10 @@ def server(tmp_path: Path) -> Iterator[ServerFolder]:
 
 
 @pytest.fixture
-def run(server: ServerFolder) -> Run:
+def run(server: ServerFolder, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Start, or go on with, a run of two clients in this folder."""
-    return lambda folder: run_remote(
-        num_clients=2, run_dir=folder, config=RemoteConfig(server=str(server.path)), serve=SERVES
-    )
+    monkeypatch.setattr(server_process, "SERVE", SERVES)
+    return lambda folder: run_remote(num_clients=2, run_dir=folder, config=RemoteConfig(server=str(server.path)))
 
 
 @pytest.fixture
@@ -77,18 +77,14 @@ def test_a_run_begins_with_all_its_clients_and_goes_on_without_one_whose_key_was
 
 
 def test_a_command_that_is_deaf_to_the_end_of_its_terminal_stays_until_the_run_ends(
-    server: ServerFolder, new: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, new: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by ``nohup``; here the run's server tells the command that the terminal closed."""
     hang_up = "import os, signal; os.kill(os.getppid(), signal.SIGHUP); print('the run is served')"
+    monkeypatch.setattr(server_process, "SERVE", [sys.executable, "-S", "-c", hang_up])
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        run_remote(
-            num_clients=2,
-            run_dir=new,
-            config=RemoteConfig(server=str(server.path)),
-            serve=(sys.executable, "-S", "-c", hang_up),
-        )
+        run(new)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

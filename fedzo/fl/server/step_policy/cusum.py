@@ -46,7 +46,7 @@ class CusumConfig(EarlyStopConfig):
     drift: float = 1.0
     """Difference in natural logarithms that is subtracted at every step."""
     threshold: float = 8.0
-    """A client whose CUSUM has once been above is flagged for the rest of the run."""
+    """A client whose CUSUM once exceeds this is flagged for the rest of the run."""
     graded: bool = False
     """Set the steps by the strength of the finding: T/2 from the threshold on, T/4 from twice the threshold on, and
     so on. The minimum is ``early_steps``."""

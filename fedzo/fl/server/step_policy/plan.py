@@ -131,13 +131,13 @@ class EarlyStopConfig(StepPolicyConfig):
     """What happens to flagged clients."""
 
     early_steps: int = 1
-    """Local steps a round of a flagged client. Its next round continues with its next rows."""
+    """Local steps per round of a flagged client. Its next round goes on with its next rows."""
     max_share: float = 0.5
     """Largest share of flagged clients. Above it, no client is stopped early and all clients take
     ``fallback_steps``."""
     normalise: bool = False
-    """Whether a client's steps count in the mean by how few they are (FedNova): times the mean number of steps of the
-    round over its own. The labels of a client that stops early then weigh as much as others' do."""
+    """Whether a client's steps are weighted by the round's mean number of steps / its own number (FedNova). A client
+    that stops early then counts in the mean as much as the others do."""
     fallback_steps: int = 0
     """Local steps a round of all clients above ``max_share``. 0 = half of ``fl.local_steps``."""
 
@@ -147,7 +147,7 @@ class EarlyStopConfig(StepPolicyConfig):
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         if self.normalise and run.strategy.aggregation is not Aggregation.mean:
-            rule = "be false for another strategy.aggregation than mean, which weighs nobody"
+            rule = "be false unless strategy.aggregation=mean, since others use no weights"
             yield problem("step_policy.normalise", rule, True, "Leave it out, or write strategy.aggregation=mean.")
         most = max(run.fl.local_steps, 1)
         if not 1 <= self.early_steps <= most:

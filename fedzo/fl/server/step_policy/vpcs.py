@@ -84,7 +84,7 @@ class Combine(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class VpcsConfig(EarlyStopConfig):
-    """VPCS: round 0 is a calibration that does not move the model (Meerkat-vp, arXiv 2506.03337)."""
+    """VPCS: round 0 finds extreme clients and does not move the model (Meerkat-vp, arXiv 2506.03337)."""
 
     calibration_steps: int = 100
     """Local steps of every client in round 0, at ``server_optimizer.lr``."""
@@ -97,13 +97,13 @@ class VpcsConfig(EarlyStopConfig):
     """Which tests are made; flagged = (ratio ``combine`` quiet) or level."""
     combine: Combine = Combine.both
     ratio_threshold: float = 3.0
-    """The test ``ratio`` flags a client whose initial mean over its later mean is above."""
+    """``ratio`` flags a client if its initial mean / its later mean exceeds this."""
     quiet_threshold: float = 0.5
-    """The test ``quiet`` flags a client whose share of steps below sigma is above."""
+    """``quiet`` flags a client if its share of steps below sigma exceeds this."""
     sigma_share: float = 0.1
     """sigma is this share of the median over clients of the initial phase's mean."""
     level_threshold: float = 2.0
-    """The test ``level`` flags a client for which the others' median over its own mean is above."""
+    """``level`` flags a client if the others' median / its own mean exceeds this."""
     graded: bool = False
     """Set the steps by the strength of the finding: T/2 from the threshold on, T/4 from twice the threshold on, and
     so on. The minimum is ``early_steps``."""
@@ -182,8 +182,8 @@ class Vpcs:
             made = {client for client, found in verdicts.items() if not np.isnan(found.statistics[test])}
             if missing := sorted({*range(self.stop.num_clients)} - made):
                 log.warning(
-                    "step_policy=vpcs: the test %s could not be made of %s: the calibration has too few values, of "
-                    "the client or of the clients that it is compared with. A test that was not made flags no client.",
+                    "step_policy=vpcs: the test %s could not judge %s: the calibration round has too few values, of "
+                    "the client or of those that it is compared with. A test without a result flags no client.",
                     test,
                     "any client" if not made else "client " + ", ".join(map(str, missing)),
                 )

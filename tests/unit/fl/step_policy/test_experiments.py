@@ -116,9 +116,11 @@ def test_planted_clients_are_found_in_a_log_that_was_made_up(experiment: Any, tm
     assert tests["abs_g", 10, "ratio"]["auc"] < 1.0
     assert [client["client"] for client in found["clients"] if client["planted"]] == [8, 9, 10, 11]
     assert found["clients"][8]["ratio"] > 3
-    made = module.claims([{"seed": 0, **found}], command="python x", seeds=[0]).rows
+    kept = [{"seed": 0, **found, "environment": {"git_commit": "of the run"}}]
+    made = module.claims(kept, command="python x", seeds=[0]).rows
     (judged,) = [row for row in made if row["target"] is not None]
     assert (judged["value"], judged["target"], judged["holds"]) == (1.0, 0.9, True)
+    assert judged["environment"] == {"git_commit": "of the run"}
 
 
 def test_nobody_planted_is_told_apart_where_all_are_alike(experiment: Any) -> None:

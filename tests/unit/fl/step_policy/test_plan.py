@@ -352,8 +352,8 @@ def test_who_could_not_be_judged_is_named(caplog: pytest.LogCaptureFixture) -> N
 
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
-    assert "the test ratio could not be made of client 2, 3:" in told[0]
-    assert "the test level could not be made of any client:" in told[1]
+    assert "the test ratio could not judge client 2, 3:" in told[0]
+    assert "the test level could not judge any client:" in told[1]
 
 
 def test_a_calibration_that_lost_its_initial_phase_has_no_quiet_test(caplog: pytest.LogCaptureFixture) -> None:
@@ -365,7 +365,7 @@ def test_a_calibration_that_lost_its_initial_phase_has_no_quiet_test(caplog: pyt
 
     assert all(np.isnan(verdict.statistics["quiet"]) for verdict in plan.verdicts.values())
     assert plan.flagged == []
-    assert "the test quiet could not be made of any client:" in caplog.text
+    assert "the test quiet could not judge any client:" in caplog.text
 
 
 @pytest.mark.parametrize(

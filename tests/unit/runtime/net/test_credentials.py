@@ -198,7 +198,7 @@ def test_a_registry_that_is_spoilt_while_it_is_in_use_leaves_the_one_before_in_f
         if bad is not None:
             folder.file("clients.json").write_text(bad)
         assert [folder.by_key(), folder.by_key()] == [before, before]
-        assert caplog.text.count("Until then the clients of before are registered") == 1
+        assert caplog.text.count("Until then the old client list is used") == 1
 
     with pytest.raises(ConfigError, match=r"clients\.json"):
         ServerFolder(folder.path).by_key()

@@ -45,8 +45,8 @@ def test_reply_of_the_app_is_sent() -> None:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (ZeroDivisionError("/data/rows"), "refusal 31, the client could not do what it was asked. Its own log says"),
-        (ProtocolError("/data/rows"), "refusal 32, what it was asked does not belong to this run. Its own log says"),
+        (ZeroDivisionError("/data/rows"), "refusal 31, the client failed to do what was asked. Its own log says"),
+        (ProtocolError("/data/rows"), "refusal 32, the request does not belong to this run. Its own log says"),
         (SiteError(Refusal.task, "/data/rows"), "refusal 11, its site does not take part in this task. Its own log"),
         (
             OtherVersionError("fedzo 1, got 2"),
@@ -153,7 +153,7 @@ sys.exit(0 if asked == [1, 1] else 1)  # a GPU of which the process has nothing 
     assert done.returncode == (70 if is_lost else 0), done.stderr
     assert done.stdout.count("told") == (1 if is_lost else 2)
     assert ("refusal 31" in done.stdout) is fails
-    assert ("the device answers nothing more in this process" in done.stderr) is is_lost
+    assert ("the device does not respond any more in this process" in done.stderr) is is_lost
 
 
 def give_up(fail: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,6 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedzo.runtime.net import _flower_grid
 from fedzo.runtime.net._flower_grid import ServerGrid, server_task
-from fedzo.runtime.net.credentials import Endpoint
 
 
 class SuperLink:
@@ -338,18 +336,16 @@ class Away:
 
 
 def test_a_run_that_is_interrupted_while_the_superlink_is_away_ends_at_once(
-    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    superlink: SuperLink, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its heartbeat is asking again and again just then."""
-    (tmp_path / "ca.crt").touch()
     monkeypatch.setattr(_flower_grid, "MAX_TIME_S", 5.0)
     monkeypatch.setattr(ServerGrid, "_runtime_client", property(Away))
 
     def interrupted() -> None:
         nonlocal began
-        with server_task(Endpoint("127.0.0.1:1", tmp_path / "ca.crt"), "x") as (grid, _):
-            retries = threading.Event()
-            grid.when_not_taken(retries.set)
+        retries = threading.Event()
+        with server_task(ServerGrid("127.0.0.1:1", root_certificates=b"", token="x"), not_taken=retries.set):
             assert retries.wait(4.0)
             began = time.monotonic()
             raise KeyboardInterrupt

@@ -95,9 +95,9 @@ def test_waiting_too_long_says_for_what_and_what_to_raise(tmp_path: Path) -> Non
     with Processes(tmp_path, environment=os.environ) as children:
         children.start("worker", SLEEP)
 
-        with pytest.raises(ProtocolError, match=r"runtime\.startup_s: the door open must be so within 0\.1 s"):
+        with pytest.raises(ProtocolError, match=r"runtime\.startup_s: the opening must be done in 0\.1 s, but was not"):
             children.wait_until(
-                lambda: False, what="the door open", timeout_s=0.1, log_of="worker", setting="runtime.startup_s"
+                lambda: False, what="the opening", timeout_s=0.1, log_of="worker", setting="runtime.startup_s"
             )
 
 

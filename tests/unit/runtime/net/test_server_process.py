@@ -8,6 +8,7 @@ import pytest
 
 from fedzo.data.kept_digests import RowsChangedError
 from fedzo.errors import ConfigError, FedzoError, NumericsError, ProtocolError, RunFolderError
+from fedzo.runtime.net import server_process
 from fedzo.runtime.net.server_process import FAILED, ServerProcess, write_outcome
 
 
@@ -20,9 +21,10 @@ from fedzo.runtime.net.server_process import FAILED, ServerProcess, write_outcom
     ],
 )
 def test_an_error_is_of_the_same_kind_in_both_processes(
-    error: Exception, kind: type[FedzoError], tmp_path: Path
+    error: Exception, kind: type[FedzoError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = ServerProcess(tmp_path, tmp_path, serve=["false"])  # which ends with status 1, as a server that failed
+    monkeypatch.setattr(server_process, "SERVE", ["false"])  # which ends with status 1, as a server that failed
+    server = ServerProcess(tmp_path, tmp_path)
     assert write_outcome(tmp_path, error) == FAILED
 
     with pytest.raises(kind, match=str(error)) as caught:
@@ -32,14 +34,17 @@ def test_an_error_is_of_the_same_kind_in_both_processes(
 
 
 @pytest.mark.parametrize("name", ["logs", "logs/server.log"])
-def test_what_a_detached_server_says_goes_through_no_link(name: str, tmp_path: Path) -> None:
+def test_what_a_detached_server_says_goes_through_no_link(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run folder may come from somebody else."""
+    monkeypatch.setattr(server_process, "SERVE", ["false"])
     folder, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()
     (folder / name).parent.mkdir(parents=True)
     (folder / name).symlink_to(outside if name == "logs" else outside / "server.log")
 
     with pytest.raises(RunFolderError, match=f"{name}: it must lie in the run folder itself, got a link to"):
-        ServerProcess(folder, tmp_path, serve=["false"], detached=True)
+        ServerProcess(folder, tmp_path, detached=True)
 
     assert list(outside.iterdir()) == []
