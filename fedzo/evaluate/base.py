@@ -25,7 +25,8 @@ class EvaluatorConfig(PluginConfig):
     """A way to score a model on rows."""
 
 
-LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE = RESERVED = "loss", "per_class", "label_counts", "stages", "none"
+LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE = "loss", "per_class", "label_counts", "stages", "none"
+RESERVED = (LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE)
 """Names in a site's ``limits.answers`` that no evaluator may give to a number of its own (``fedzo.fl.site_limits``)."""
 
 

@@ -54,6 +54,7 @@ def save_mask(mask: Mask, path: Path) -> None:
 
     Raises:
         RunFolderError: The file cannot be written.
+        ValueError: The manifest has more than 1,024 entries, or one of more than 1,000 characters.
     """
     path = Path(path)
     data = _encode(mask)

@@ -109,6 +109,7 @@ def select_mask(
     pools = [[*parameters]] if together else [[name] for name in parameters]
     counts = _counts([sum(parameters[name].numel() for name in pool) for pool in pools], density)
 
+    # ``names`` has each pool whole or not at all
     def choose(score: ScoreFn, names: Container[str]) -> dict[str, torch.Tensor]:
         tops = [largest(score, pool, k) for pool, k in zip(pools, counts, strict=True) if k and pool[0] in names]
         return {name: flat for top in tops for name, flat in top.items()}

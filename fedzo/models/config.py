@@ -124,7 +124,7 @@ class TransformersConfig(RewriterConfig):
 
 @REWRITERS.register("transformers", TransformersConfig)
 def _transformers(config: TransformersConfig) -> Backend:
-    if lacks := [found.text for found in config.missing()]:  # a site's file is read without asking for it
+    if lacks := [found.text for found in config.missing()]:  # which is not asked when a site's file is read
         raise ConfigError("\n".join(lacks))
     from fedzo.models.chat import LocalChat  # slow to import
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import numpy as np
 
+from fedzo.errors import printable
 from fedzo.records.fields import ArrayShape, Length, Matching, OmitDefault, Within
 from fedzo.records.values import NOTHING, ArrayCodec, Choice, Codec, Flag, MismatchError, Number, Pattern, Text
 
@@ -224,7 +225,7 @@ class _Record:
         if len(found) + (self._kind is not None) < len(value):
             stray = next(name for name in value if name not in found and (name != "kind" or self._kind is None))
             rule = f"be left out: {self._cls.__name__} has no such field"
-            raise MismatchError(rule, value[stray]).within(f"{stray!s:.40}")
+            raise MismatchError(rule, value[stray]).within(printable(f"{stray!s:.40}"))
         try:
             return self._cls(**found)
         except ValueError as error:

@@ -95,6 +95,8 @@ class Number:
     @property
     def rule(self) -> str:
         what, digits = ("a whole number", "") if self.kind is int else ("a float", "g")
+        if self.low == self.high:
+            return f"be {self.low:{digits}}"
         return f"be {what} of {self.low:{digits}} to {self.high:{digits}}"
 
     def read(self, value: Any) -> Any:

@@ -106,11 +106,13 @@ class ArtifactStore:
             try:
                 if isinstance(content, bytes):
                     file.write(content)
+                    digest = hashlib.sha256(content).hexdigest()
                 else:
                     with content.open("rb") as given:
                         shutil.copyfileobj(given, file)
+                    digest = _digest(content)
                 file.flush()
-                return self._complete(Path(file.name), _digest(Path(file.name)))
+                return self._complete(Path(file.name), digest)
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise

@@ -177,7 +177,8 @@ class MasterSpace:
             self._write(self._master)
 
     def step(self, s: float, key: int) -> None:
-        self.steps([(s, key)])
+        if not self._move(s, key):
+            self._write(self._master)
 
     def steps(self, steps: Sequence[tuple[float, int]]) -> None:
         """``theta <- theta - s * z(key)`` for each (s, key), one after another, but the model is written to once."""

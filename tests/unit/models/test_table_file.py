@@ -75,7 +75,7 @@ def moved(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (put("base_digest", "f" * 64), r"must be of the model 'tiny-llama' \(SHA-256 \w{12}\.\.\.\), got .* \(f{12}"),
-        (put("format", 2), r"format must be a whole number of 1 to 1, got 2\. Export it again"),
+        (put("format", 2), r"format must be 1, got 2\. Export it again"),
         (put("content", "other"), "content must be 'tables' or 'gradient', got 'other'"),
         (put("digest", 7), "digest must be 64 hexadecimal digits, got 7"),
         (put("content", GRADIENT), "must hold tables, got 'gradient'"),
@@ -84,7 +84,7 @@ def moved(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
         (lambda tensors, told: tensors.update(more=torch.zeros(1)), "but differs in more"),
         (lambda tensors, told: tensors.update({NAME: tensors[NAME][:-1].clone()}), f"but differs in {NAME}"),
         (lambda tensors, told: tensors.update({NAME: tensors[NAME].half()}), f"but differs in {NAME}"),
-        (lambda tensors, told: told.pop("format"), "format must be a whole number of 1 to 1, got nothing"),
+        (lambda tensors, told: told.pop("format"), "format must be 1, got nothing"),
     ],
     ids=["base", "format", "word", "hash", "content", "value", "missing", "more", "shape", "dtype", "no format"],
 )

@@ -149,6 +149,7 @@ def test_a_record_is_read_and_written_in_the_declared_order() -> None:
         ({"raw": b"x" * 10**6}, "raw must be 0 to 3 bytes, got b'xxxxxx"),
         ({"kind": "inner"}, "kind must be 'outer', got 'inner'"),
         ({"surprise": 1}, "surprise must be left out: Outer has no such field, got 1"),
+        ({"a\x1b[2J\n": 1}, "a [2J  must be left out: Outer has no such field, got 1"),
     ],
 )
 def test_a_bad_value_is_named_with_its_place_its_rule_and_itself(changes: dict[str, Any], message: str) -> None:
