@@ -20,12 +20,6 @@ from fedzo.models.config import BaseConfig
 FOLDER = Path(__file__).parents[3] / "experiments"
 FILES = sorted([*FOLDER.glob("*/claims.json"), FOLDER / "bench" / "roofline.json"])
 ROWS = [row for file in FILES for row in json.loads(file.read_text())]
-WITHOUT_SCRIPT = {
-    ("086782f563cd2a6c408129d00c753a564e1038e6", "experiments/lower_layers/step.py"),
-    ("464a6fd9c350ea51ddbb58d51198dad842df08f3", "experiments/quickstart/curvature.py"),
-    ("7749a1f3a3c63cafe538cbf29d56e700406684a7", "experiments/spallm/sizes.py"),
-}
-"""Measured before a script that is new marked the commit as dirty; no row may join them."""
 
 
 def read(name: str) -> Any:
@@ -99,7 +93,7 @@ def test_a_commit_has_the_script_whose_figures_name_it() -> None:
     known = {pair for pair in pairs if pair[0] not in unknown}
     lacking = missing([f"{commit}:{made_by}" for commit, made_by in known])
 
-    assert {pair for pair in known if ":".join(pair) in lacking} <= WITHOUT_SCRIPT
+    assert {pair for pair in known if ":".join(pair) in lacking} == set()
 
 
 def test_what_scripts_vary_on_purpose_are_settings_of_a_run() -> None:
