@@ -42,7 +42,6 @@ KINDS = {
     "oracle": ["step_policy=oracle"],
     "oracle, shares made even": ["step_policy=oracle", "step_policy.normalise=true"],
 }
-KILLED = [kind for kind in KINDS if kind not in ("vpcs", "oracle")]  # their keys are those of others, one by one
 
 
 class Killed(BaseException):
@@ -58,11 +57,10 @@ def decisions(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KILLED)
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_a_killed_and_resumed_run_decides_and_ends_as_an_unbroken_one(
-    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, kind: str, tmp_path: Path
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, settings: list[str], tmp_path: Path
 ) -> None:
-    settings = KINDS[kind]
     unbroken = run(*COMMON, *settings)
     commits = Server._commit
 

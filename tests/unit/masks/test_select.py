@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -439,3 +440,37 @@ def test_cuda_draws_the_cpus_random_mask(granularity: Granularity) -> None:
     there = select_mask(tiny_model().cuda(), **settings)
 
     assert here.digest() == there.digest()
+
+
+def test_windows_batched_together_would_give_another_mask() -> None:
+    windows = random_windows(6)
+    gradients = twin_gradients(tiny_model(), windows)
+    square_of_sum = {name: (sum(g[name] for g in gradients) ** 2).tolist() for name in gradients[0]}
+
+    mask = select_mask(tiny_model(), density=0.02, windows=windows)
+
+    assert as_lists(mask.indices) != expected_choice(square_of_sum, 0.02, Granularity.per_tensor)
+
+
+def test_random_is_a_function_of_the_seed() -> None:
+    digests = [select_mask(tiny_model(), density=0.01, selector=Selector.random, seed=s).digest() for s in (0, 1, 0)]
+
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_random_is_uniform() -> None:
+    model = Bag(torch.zeros(256, 256))
+    num_bins = 16
+
+    chosen = np.concatenate(
+        [
+            select_mask(model, density=0.05, selector=Selector.random, seed=s).indices["a.weight"].numpy()
+            for s in range(20)
+        ]
+    )
+
+    counts = np.bincount(chosen * num_bins // 65536, minlength=num_bins)
+    expected = chosen.size / num_bins
+    standard_error = math.sqrt(expected * (1 - 1 / num_bins) * (1 - 0.05))  # without replacement
+    assert np.abs(counts - expected).max() < 5 * standard_error
+    assert counts.std() > standard_error / 4  # and not a grid

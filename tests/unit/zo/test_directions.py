@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedzo.zo import directions
 from fedzo.zo.config import Distribution
@@ -80,6 +82,39 @@ def test_single_coordinates_far_away_equal_the_golden_vectors_on_both_paths(vect
         assert directions.direction_at(key, torch.tensor([int(at)]), distribution=law).tolist() == [sign]
 
 
+@given(
+    key=st.integers(0, 2**64 - 1),
+    start=st.integers(0, 2**40),
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    law=st.sampled_from(LAWS),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_chunking_gives_the_same_numbers(key: int, start: int, sizes: list[int], law: Distribution) -> None:
+    whole = directions.direction(key, sum(sizes), start=start, distribution=law)
+
+    offsets = np.cumsum([0, *sizes[:-1]])
+    pieces = [
+        directions.direction(key, size, start=start + int(offset), distribution=law)
+        for size, offset in zip(sizes, offsets, strict=True)
+    ]
+    torch_path = directions.direction_at(key, torch.arange(start, start + sum(sizes)), distribution=law)
+
+    assert np.array_equal(whole, np.concatenate(pieces))
+    assert np.array_equal(whole, torch_path.numpy())
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_add_direction_is_one_product_one_sum_one_cast(law: Distribution, dtype: torch.dtype) -> None:
+    base = (torch.arange(-5000, 5000) / 7000).to(dtype)
+    z = torch.from_numpy(directions.direction(9, 10_000, start=3, distribution=law))
+
+    out = directions.add_direction(base, 9, scale=1e-3, start=3, distribution=law)
+
+    scaled = z * torch.tensor(1e-3, dtype=torch.float32)
+    assert torch.equal(out, (base.float() + scaled).to(dtype))
+
+
 def test_add_direction_in_place_equals_sub_of_the_product() -> None:
     base = torch.linspace(-1, 1, 4099)
     z = torch.from_numpy(directions.direction(5, 4099))
@@ -89,6 +124,18 @@ def test_add_direction_in_place_equals_sub_of_the_product() -> None:
     directions.add_direction(base, 5, scale=-s, out=base)
 
     assert torch.equal(base, expected)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_equal_the_rows_of_the_whole(law: Distribution, dtype: torch.dtype) -> None:
+    weight = torch.linspace(-1, 1, 50 * 13).reshape(50, 13).to(dtype)
+    rows = torch.tensor([49, 0, 7, 7])
+
+    whole = directions.add_direction(weight, 11, scale=0.5, start=100, distribution=law)
+    some = directions.add_direction_rows(weight[rows], 11, scale=0.5, starts=100 + rows * 13, distribution=law)
+
+    assert torch.equal(some, whole[rows])
 
 
 @pytest.mark.parametrize("law", LAWS)

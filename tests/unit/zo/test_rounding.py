@@ -212,3 +212,31 @@ def test_float32_weights_are_not_concerned() -> None:
         steps.append(torch.cat([parameter.detach().view(-1) for parameter in layer.parameters()]))
 
     assert torch.equal(*steps)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_the_neighbours_have_adjacent_bit_patterns(dtype: torch.dtype) -> None:
+    wide = many_values(dtype)
+    wide = wide[wide.abs() >= torch.finfo(dtype).smallest_normal]  # where every p is a multiple of 2^-16
+    down, up = (
+        round_stochastically(wide, torch.full(wide.shape, draw, dtype=torch.int32), dtype) for draw in (65535, 0)
+    )
+    kept = down.float() == wide
+
+    assert (down.double().abs() <= wide.double().abs()).all()
+    assert same_bits(up[kept], down[kept])
+    assert torch.equal(up[~kept].view(torch.int16), down[~kept].view(torch.int16) + 1)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("x", [1 + 2**-11.3, 1 - 2**-12.7, 0.1, 3.14159, 2**-14 - 2**-27, 2**-14 + 2**-27, 1e-6, 4e4])
+def test_the_mean_over_all_draws_is_the_value_itself(dtype: torch.dtype, sign: int, x: float) -> None:
+    wide = torch.full((65536,), sign * x, dtype=torch.float32)
+    draws = torch.arange(65536, dtype=torch.int32)
+
+    mean = round_stochastically(wide, draws, dtype).double().mean().item()
+
+    lower, upper, _ = neighbours(wide[:1], dtype)
+    coarse = dtype == torch.float16 and x < 2**-14  # its probabilities are multiples of 2^-16
+    assert abs(mean - wide[0].item()) <= (2**-16 * float(upper[0] - lower[0]) if coarse else 0)

@@ -17,6 +17,7 @@ from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import RoundRecord, apply_record
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
+    Adam,
     AdamConfig,
     ControlVariates,
     Momentum,
@@ -36,6 +37,15 @@ THETA = np.array([1.0, -2.0, 0.5, 3.0, -0.25], np.float32)
 
 def record(round: int, c: object, *, lr: float = 0.125, owners: tuple[int, ...] = (SHARED,)) -> RoundRecord:
     return RoundRecord(round=round, lr=float(np.float32(lr)), owners=owners, coefficients=np.asarray(c, np.float32))
+
+
+LOG = [
+    record(0, [[[0.5], [-1.0]], [[2.0], [0.25]]]),
+    record(1, [[[1.5, -0.5]]], owners=(2, 5), lr=0.25),
+    record(2, [[[0.0]]]),  # every probe was dropped
+    record(3, [[[-0.75]]], lr=0.5),
+    record(4, [[[3.0]]]),
+]
 
 
 def play(rule: ServerOptimizer, log: list[RoundRecord]) -> VectorSpace:
@@ -60,6 +70,29 @@ def us(log: list[RoundRecord]) -> list[list[float]]:
                     total = [total[i] + float(each.coefficients[t, p, o]) * float(z[i]) for i in range(N)]
         made.append(total)
     return made
+
+
+def test_two_rounds_of_the_heavy_ball_by_hand() -> None:
+    z0, z1 = (direction(stream_key(SEED, round=r), N).astype(float) for r in (0, 1))
+    log = [record(0, [[[2.0]]], lr=0.5), record(1, [[[4.0]]], lr=0.25)]
+
+    plain = play(Momentum(momentum=0.5, nesterov=False), log)
+    nesterov = play(Momentum(momentum=0.5, nesterov=True), log)
+
+    # m: 2 z0, then z0 + 4 z1; Nesterov steps along 3 z0, then 4 z1 + (z0 + 4 z1) / 2
+    assert plain.theta == pytest.approx(THETA - z0 - 0.25 * (z0 + 4 * z1), rel=1e-6)
+    assert nesterov.theta == pytest.approx(THETA - 1.5 * z0 - 0.25 * (0.5 * z0 + 6 * z1), rel=1e-6)
+
+
+def test_two_rounds_of_adam_by_hand() -> None:
+    z0, z1 = (direction(stream_key(SEED, round=r), N).astype(float) for r in (0, 1))
+    log = [record(0, [[[2.0]]], lr=0.5), record(1, [[[4.0]]], lr=0.25)]
+
+    space = play(Adam(beta1=0.5, beta2=0.75, eps=0.0), log)
+
+    # the first step is the sign; then m = z0 / 2 + 2 z1 over 3/4, v = 3/4 z0^2 + 4 z1^2 over 7/16
+    second = (z0 / 2 + 2 * z1) / 0.75 / np.sqrt((0.75 * z0**2 + 4 * z1**2) / 0.4375)
+    assert space.theta == pytest.approx(THETA - 0.5 * np.sign(z0) - 0.25 * second, rel=2e-6)
 
 
 @pytest.mark.parametrize(

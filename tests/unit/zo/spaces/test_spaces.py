@@ -153,11 +153,40 @@ def make_space(request: pytest.FixtureRequest) -> Iterator[Callable[[nn.Module],
         yield lambda model: MaskedSpace(model, some_indices(model))
 
 
-def test_values_of_another_shape_are_refused(make_space: Callable[..., Space]) -> None:
-    space = make_space(tiny_model("qwen3"))
+def test_small_steps_do_not_vanish_in_a_masked_bfloat16_model() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    space = MaskedSpace(model, some_indices(model))
+    start = space.values()
 
+    for key in range(100):
+        space.step(1e-6, key)
+
+    drift = space.values() - start
+    assert np.abs(drift).max() > 0
+    assert abs(float(drift.std()) / (1e-6 * 10) - 1) < 0.2  # a random walk of 100 steps of 1e-6
+
+
+def test_full_steps_move_all_weights_as_a_dense_twin() -> None:
+    model = tiny_model("gpt2")
+    twin = moved_by_hand(model, scale=-0.125, key=8)
+
+    FullSpace(model).step(0.125, key=8)
+
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_values_load_round_trip(make_space: Callable[..., Space]) -> None:
+    model = tiny_model("qwen3")
+    space = make_space(model)
+    values, before = space.values(), bits(model)
+
+    space.step(0.5, key=1)
+    space.load(values)
+
+    assert_same_bits(model, before)
     with pytest.raises(ValueError, match="float32 of shape"):
-        space.load(space.values()[:-1])
+        space.load(values[:-1])
 
 
 def test_masked_space_works_on_weights_that_are_not_contiguous() -> None:
@@ -193,3 +222,26 @@ def test_full_space_refuses_quantised_weights() -> None:
 
     with pytest.raises(ConfigError, match=r"'packed' is torch\.int8"):
         FullSpace(model)
+
+
+def test_scaling_a_masked_16_bit_model_moves_the_float32_master() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    space = MaskedSpace(model, some_indices(model))
+    start = space.values()
+
+    for _ in range(100):
+        space.scale_by(float(np.float32(1 - 1e-5)))
+
+    assert space.values() == pytest.approx(start * (1 - 1e-5) ** 100, rel=1e-5)
+
+
+def test_scaling_goes_through_large_weights_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedzo.zo.spaces import full as module
+
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    layer = nn.Linear(6, 4, bias=False)
+    before = layer.weight.detach().clone()
+
+    FullSpace(layer).scale_by(0.5)
+
+    assert torch.equal(layer.weight.detach(), before * 0.5)
