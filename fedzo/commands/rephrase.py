@@ -244,8 +244,10 @@ def _said(rephraser: Rephraser) -> Iterator[str]:
 def _check_out(out: Path, work: Work) -> None:
     _check_folder("--out", out)
 
-    def others(rows: Sequence[Row]) -> list[Row]:
-        return [{name: value for name, value in row.items() if name not in (work.column, MARK)} for row in rows]
+    def others(rows: Sequence[Row]) -> list[str]:
+        """Digests, which are the same of a row and of what is read back of it: a date as text, a NaN."""
+        kept = ({name: value for name, value in row.items() if name not in (work.column, MARK)} for row in rows)
+        return [row_digest(row) for row in kept]
 
     if out.exists():
         there = read_rows(out)
@@ -268,9 +270,9 @@ def _write_rows(out: Path, rows: Sequence[Row], outcomes: Sequence[RowOutcome]) 
 
 
 def _json_line(row: Row) -> str:
-    """The row as JSON; escaped where another column than the rewritten one holds half of a character."""
-    line = json.dumps(row, ensure_ascii=False)
-    return line if is_utf8(line) else json.dumps(row)
+    """The row as JSON, a date or a decimal as text; escaped where another column holds half of a character."""
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    return line if is_utf8(line) else json.dumps(row, default=str)
 
 
 def write_set_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Mapping[str, Attempt]) -> Path:

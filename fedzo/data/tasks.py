@@ -91,9 +91,7 @@ def has_answer(row: Row, task: TaskConfig) -> bool:
     def is_hidden(value: object) -> bool:
         return is_missing(value) or str(value).strip() in {"-1", "-1.0"}
 
-    columns = {task.label} if task.kind is TaskKind.candidates else {*_FIELD.findall(task.answer)}
-    if task.prepare is not None:
-        columns -= {*_preparation(task.prepare).makes}
+    columns = (task.label,) if task.kind is TaskKind.candidates else answer_columns(task)
     return not any(all(map(is_hidden, answers_in(row, column))) for column in columns)
 
 
@@ -117,6 +115,21 @@ def answers_in(row: Row, column: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def answer_columns(task: TaskConfig) -> tuple[str, ...]:
+    """The columns of a row that its written answer is made of; none where the answer is one of candidates.
+
+    Raises:
+        ConfigError: ``task.prepare`` names no preparation.
+    """
+    if task.kind is TaskKind.candidates:
+        return ()
+    columns = [*dict.fromkeys(_FIELD.findall(task.answer))]
+    if task.prepare is None:
+        return tuple(columns)
+    preparation = _preparation(task.prepare)
+    return (*(each for each in columns if each not in preparation.makes), *preparation.answers)
+
+
 def num_labels(task: TaskConfig) -> int:
     """Labels that rows of the task may have; 0 where answers are written."""
     return len(task.candidates) if task.kind is TaskKind.candidates else 0
@@ -134,9 +147,11 @@ def label_index(row: Row, task: TaskConfig) -> int:
     if isinstance(value, bool):
         shown = f"{str(value).lower()}, a boolean"
     if task.labels:
-        spelled = {str(value).strip(), *([str(value).lower()] if isinstance(value, bool) else [])}
-        if found := [index for index, label in enumerate(task.labels) if label.strip() in spelled]:
-            return found[0]
+        text, labels = str(value).strip(), [label.strip() for label in task.labels]
+        if text not in labels and text.lower() in ("true", "false"):  # JSON, pandas and spreadsheets spell them apart
+            text, labels = text.lower(), [label.lower() for label in labels]
+        if text in labels:
+            return labels.index(text)
         raise ConfigError(
             f"column {task.label!r} must hold one of task.labels {task.labels}, got {shown}. "
             "Correct the row or task.labels."
@@ -264,12 +279,18 @@ def _value(row: Row, column: str, key: str) -> object:
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """Fields made from a row's columns: ``make`` gets the text of ``reads`` and returns ``makes``."""
+    """Fields made from a row's columns: ``make`` gets the text of ``reads`` and returns ``makes``.
+
+    Attributes:
+        may_be_blank: Columns of ``reads`` that a row may leave blank.
+        answers: Columns of ``reads`` that become a written answer.
+    """
 
     reads: tuple[str, ...]
     makes: tuple[str, ...]
     make: Callable[[dict[str, str]], dict[str, str]]
     may_be_blank: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
 def _boolq(row: dict[str, str]) -> dict[str, str]:
@@ -303,7 +324,13 @@ def _alpaca(row: dict[str, str]) -> dict[str, str]:
 
 
 PREPARATIONS = {
-    "alpaca": Preparation(("instruction", "input", "output"), ("prompt", "response"), _alpaca, ("input",)),
+    "alpaca": Preparation(
+        ("instruction", "input", "output"),
+        ("prompt", "response"),
+        _alpaca,
+        may_be_blank=("input",),
+        answers=("output",),
+    ),
     "boolq": Preparation(("question",), ("question",), _boolq),
     "copa": Preparation(
         ("premise", "question", "choice1", "choice2"), ("premise", "conjunction", "choice1", "choice2"), _copa

@@ -63,10 +63,10 @@ def figures_table(rephraser: Rephraser, rows: Sequence[Row], outcomes: Sequence[
         return []
     label_of = partial(right_label, task=task)
     found = SetFigures.of(accepted, task=prompts.task, column=prompts.column, label_of=label_of)
-    told = [
-        ["mean words", f"{found.words_before:.1f} before, {found.words_after:.1f} after"],
-        ["rewrites that leak an answer", f"the right one {found.leaks_right}, a wrong one {found.leaks_wrong}"],
-    ]
+    told = [["mean words", f"{found.words_before:.1f} before, {found.words_after:.1f} after"]]
+    if prompts.task.choices or any(map(any, prompts.task.answer_words)):  # else nothing is counted, and 0 would mislead
+        leaks = f"the right one {found.leaks_right}, a wrong one {found.leaks_wrong}"
+        told.append(["rewrites that leak an answer", leaks])
     for label, overlap in found.overlap.items():
         share = f"{overlap.before:.2f} before, {overlap.after:.2f} after ({overlap.rows} rows)"
         told.append([f"share of the other field's words found, {prompts.task.labels[label]}", share])

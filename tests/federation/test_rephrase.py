@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,10 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from fedzo.cli import main
@@ -657,6 +662,31 @@ def test_a_file_that_is_not_its_own_is_never_replaced(
     out.write_text(kept.partition("\n")[2])  # of other data, by fedzo, too
     assert rephrase("--out", str(out), recipe) == 2
     assert out.read_text() == kept.partition("\n")[2]
+
+
+def test_columns_of_values_that_json_lacks_are_text_in_the_whole_file_and_no_other_rows(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "rows.parquet", tmp_path / "out.jsonl"
+    others = {"price": Decimal("1.50"), "raw": b"\xff", "score": math.nan}
+    rows = [{"text": f"item {n} is good", "label": 1, "seen": date(2024, 5, n), **others} for n in (1, 2, 3)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+    recipe = ["preprocess.oat_rephrase.judged=false", *endpoint.settings(tmp_path / "store")]
+    command = ["rephrase", "--task", "sst2", "--data", str(data), "--out", str(out), *recipe]
+
+    assert main(command) == 0
+    written = out.read_text()
+    assert main([*command, "--again"]) == 0
+
+    assert out.read_text() == written
+    read = [json.loads(line) for line in written.splitlines()]
+    assert [row.pop("score") for row in read] == [pytest.approx(math.nan, nan_ok=True)] * 3
+    plain = {"label": 1, "price": "1.50", "raw": "b'\\xff'", "fedzo_status": "rewritten"}
+    assert read == [{"text": f"item {n} looks good", "seen": f"2024-05-0{n}", **plain} for n in (1, 2, 3)]
+
+    out.write_text(written.replace("2024-05-02", "2024-05-09"))
+    assert main(command) == 2
+    assert "got other rows" in capsys.readouterr().err
 
 
 def test_what_the_endpoint_says_is_shown(

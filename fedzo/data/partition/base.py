@@ -100,7 +100,8 @@ def partition(
         rows: The training rows.
         config: Chooses the way; see ``PARTITIONERS``. Its rules are checked before (``problems``).
         num_clients: How many clients.
-        seed: Run seed (unsigned 64 bit); the same seed gives the same parts on every machine.
+        seed: Run seed (unsigned 64 bit); the same seed gives the same parts on every machine that has the same
+            versions of numpy and flwr-datasets, whose generator deals some of them (``by_label``).
         task: Says which column is the label.
 
     Returns:

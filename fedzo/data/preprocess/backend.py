@@ -182,11 +182,12 @@ class RewriterConfig(PluginConfig):
     """Most tokens of an answer. Verdicts have 128, or this number if it is above 512: room for a model that reasons
     first."""
     most_calls: int = 0
-    """Most calls of one command or run. 0 = no limit."""
+    """Most calls of one command or run. Each process counts for itself, from its start: with ``runtime=ray`` or
+    ``local``, a run has several. 0 = no limit."""
     most_tokens: int = 0
-    """Most tokens of prompts and answers of one command or run. 0 = no limit."""
+    """Most tokens of prompts and answers of one command or run, counted as ``most_calls``. 0 = no limit."""
     most_cost: float = 0.0
-    """Most that one command or run may cost, in the currency of the prices. 0 = no limit."""
+    """Most that one command or run may cost, in the currency of the prices, counted as ``most_calls``. 0 = no limit."""
     price_prompt: float = 0.0
     """Price of a million tokens of prompts."""
     price_answer: float = 0.0

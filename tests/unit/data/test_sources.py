@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,14 @@ def test_hidden_answers_are_told_of_too(answer: str, hidden: dict[str, Any], fol
 
     with pytest.raises(ConfigError, match=r"test.jsonl:1: .*its file hides them"):
         load_splits(DataConfig(path=str(folder)), SplitConfig(), task)
+
+
+def test_hidden_outputs_of_alpaca_are_told_of_too(folder: Path, shipped_task: Callable[[str], TaskConfig]) -> None:
+    write(folder / "train.jsonl", [{"instruction": f"Say {i}.", "input": "", "output": f"{i}."} for i in range(40)])
+    write(folder / "test.jsonl", [{"instruction": "Sing.", "input": "", "output": ""}])
+
+    with pytest.raises(ConfigError, match=r"test.jsonl:1: .*its file hides them"):
+        load_splits(DataConfig(path=str(folder)), SplitConfig(), shipped_task("alpaca"))
 
 
 def test_a_row_for_training_without_a_label_is_no_hidden_one(folder: Path) -> None:

@@ -387,6 +387,20 @@ def test_a_boolean_is_no_index_but_may_be_a_listed_value() -> None:
         assert label_index({"label": False}, replace(CHOICE, labels=labels)) == 1
 
 
+@pytest.mark.parametrize("labels", [["true", "false"], ["True", "False"], ["TRUE", "FALSE"]])
+@pytest.mark.parametrize("value", [False, "false", " False", "FALSE"])
+def test_a_boolean_is_read_however_a_table_spells_it(value: object, labels: list[str]) -> None:
+    assert label_index({"label": value}, replace(CHOICE, labels=labels)) == 1
+
+
+def test_labels_that_differ_in_case_alone_are_not_taken_for_one_another() -> None:
+    both = replace(CHOICE, labels=["true", "True"])
+
+    assert [label_index({"label": value}, both) for value in ("true", "True")] == [0, 1]
+    with pytest.raises(ConfigError, match=r"must hold one of task.labels \['b', 'a'\], got 'A'"):
+        label_index({"label": "A"}, replace(CHOICE, labels=["b", "a"]))
+
+
 @pytest.mark.parametrize("value", [-1, "-1", -1.0])
 def test_a_label_that_nobody_gave_is_told_from_a_wrong_one(value: object) -> None:
     with pytest.raises(ConfigError, match=r"-1 stands for a label that nobody gave: remove the row, or .* task.labels"):

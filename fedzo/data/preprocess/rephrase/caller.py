@@ -29,7 +29,7 @@ MOST_TRIES = 6
 MOST_BUSY = 10
 """How often in a row, without an answer between, an endpoint may say that it is busy before it counts as down."""
 FIRST_WAIT_S = 1.0
-"""First wait for a busy endpoint that does not say how long; each further one is twice as long."""
+"""First wait for a busy endpoint, unless it asks for a longer one; each further one is twice as long."""
 LONGEST_WAIT_S = 60.0
 """Longest wait, whatever the endpoint asks for."""
 CALLS_PER_STEP_UP = 10
@@ -161,8 +161,10 @@ class Caller:
         fingerprints = {model: self._backend.fingerprint(model) for model in {request.model for request in requests}}
         jobs: dict[str, _Job] = {}
         for place, request in enumerate(requests):
-            key = request_key(request, model=fingerprints[request.model])
-            if (stored := self._store.get(key)) is not None:
+            key, earlier = (
+                request_key(request, model=fingerprints[request.model], with_limit=each) for each in (False, True)
+            )
+            if (stored := self._store.get(key) or self._store.get(earlier)) is not None:
                 results[place] = stored
             elif key in jobs:
                 jobs[key].places.append(place)
@@ -251,12 +253,12 @@ class Caller:
     def _ease(self, outcome: _Outcome, results: list[Completion | RowFault | None]) -> list[_Job]:
         """Ask for less at once, and later; returns the requests that are made again."""
         assert isinstance(outcome.result, BusyError)
-        now, asked = time.monotonic(), outcome.result.retry_after_s
+        now, asked = time.monotonic(), outcome.result.retry_after_s or 0.0
         self._in_a_row = 0
         if outcome.begun >= self._eased:
             self._limit, self._eased = max(1, self._limit // 2), now
             self._busy_in_a_row += 1
-        wait = FIRST_WAIT_S * 2 ** max(0, self._busy_in_a_row - 1) if asked is None else asked
+        wait = max(asked, FIRST_WAIT_S * 2 ** max(0, self._busy_in_a_row - 1))  # it may ask for 0, or name a past date
         self._not_before = max(self._not_before, now + min(LONGEST_WAIT_S, wait))
         again = []
         for job in outcome.jobs:

@@ -256,19 +256,20 @@ def _anchors(row: Row, task: RephraseTask) -> list[list[str]]:
 
 
 def leaked_words(text: str, original: str, *, row: Row, task: RephraseTask, label: int) -> list[str]:
-    """Words that are new in a rewrite and belong to one answer only.
+    """Words, or answers of several words, that are new in a rewrite and belong to one answer only.
 
     Of a choice these are its content words, by their first five letters: "sneezing" tells as much as "sneezed".
     """
-    new = set(words(text)) - set(words(original)) - _LETTERS
+    new, old = words(text), words(original)
     if not task.choices:
         told = [set(each) for each in task.answer_words]
         others = {word for number, each in enumerate(told) if number != label for word in each}
-        return sorted(new & (told[label] - others)) if told else []
+        own = told[label] - others - _LETTERS if told else set()
+        return sorted(each for each in own if holds(new, words(each)) and not holds(old, words(each)))
     stems = [_stems(str(row[choice])) for choice in task.choices]
     others = {stem for number, each in enumerate(stems) if number != label for stem in each}
     telling = stems[label] - others - _stems(original)
-    return sorted(word for word in new - STOP_WORDS if word[:_STEM] in telling)
+    return sorted(word for word in {*new} - {*old} - STOP_WORDS if word[:_STEM] in telling)
 
 
 def _stems(text: str) -> set[str]:

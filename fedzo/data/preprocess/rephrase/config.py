@@ -62,7 +62,7 @@ class OatRephraseConfig(StageConfig):
     the task."""
     shown: list[str] = field(default_factory=list)
     """Columns that the prompts show beside the rewritten one. Empty = those of the task; of a task of your own, all
-    others that it reads."""
+    others that it reads and that may not be blank."""
     prompt: str = ""
     """SHA-256 of the prompts and their examples, as ``fedzo rephrase --dry-run`` prints it. Empty = those of this fedzo
     without examples."""

@@ -1,7 +1,8 @@
 """What the rewriter and the judge read: our own words, after arXiv 2506.17264 (the paper's prompts are not published).
 
 A prompt holds the instructions, examples where there are any, and one row. The row's values are JSON texts, so no value
-can pass for an instruction's end. The rewriter is told the right answer, as in the paper; the judge is not.
+can pass for an instruction's end. The rewriter is told the right answer, as in the paper. The judge is told no label;
+an answer that is written is in a column, which both read.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from fedzo.data.config import TaskConfig
@@ -38,13 +39,16 @@ def set_digest(outcomes: Iterable[RowOutcome]) -> str:
 def recipe_digest(config: OatRephraseConfig, task: TaskConfig) -> str:
     """Digest of a recipe whose prompts are known, and of which label has which meaning: others make other results.
 
-    What is left to the code is no part of it, so that results of earlier versions of fedzo are found.
+    Of a task that the recipe tells of, the candidates count as well: the check for leaks looks for their words. What
+    is left to the code is no part of it, so that results of earlier versions of fedzo are found.
     """
     if not config.prompt:
         raise ValueError("the digest of the prompts must be filled in first")
     plain = {key: value for key, value in asdict(config).items() if value or key not in _LATER}
     if task.labels or config.meanings:
         plain["labels"] = [task.label, *task.labels]
+    if config.meanings:
+        plain["candidates"] = task.candidates
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -74,25 +78,19 @@ class Results:
         """Copies of the file from before outcomes of it were replaced, the last one last."""
         return sorted(self.file.parent.glob(f"{self.recipe}.older-{'[0-9]' * 4}.jsonl"))
 
-    def read(self) -> dict[str, RowOutcome]:
+    def read(self) -> Mapping[str, RowOutcome]:
         """What is there, by the digest of the row.
 
         Raises:
             ConfigError: The file holds something else.
         """
         try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
+            found = self.file.stat()
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.file}: it must be readable, got: {error}.") from error
-        remedy = "Remove the file: the rows are put together anew from the kept answers."
-        outcomes: dict[str, RowOutcome] = {}
-        for number, line in enumerate(lines, start=1):
-            where = f"{self.file}:{number}"
-            outcome = decode_json(RowOutcome, line, where=where, error=ConfigError, remedy=remedy)
-            outcomes[outcome.row] = outcome
-        return outcomes
+        return _read(self.file, (found.st_ino, found.st_mtime_ns, found.st_size))
 
     def find(self, rows: Iterable[Row]) -> list[RowOutcome] | None:
         """The outcomes of these rows in their order; None where one of them has none."""
@@ -122,6 +120,21 @@ class Results:
                 both = {**outcomes, **self.read()} | {row: outcomes[row] for row in instead}
                 text = "".join(f"{to_json(outcome)}\n" for outcome in both.values())
                 replace_file(self.file, text, durable=True, mode=0o600)
+
+
+@lru_cache(maxsize=1)
+def _read(file: Path, state: tuple[int, int, int]) -> Mapping[str, RowOutcome]:
+    """The outcomes of a file, which are the same for each client until another file takes its place (``state``)."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: it must be readable, got: {error}.") from error
+    remedy = "Remove the file: the rows are put together anew from the kept answers."
+    outcomes: dict[str, RowOutcome] = {}
+    for number, line in enumerate(lines, start=1):
+        outcome = decode_json(RowOutcome, line, where=f"{file}:{number}", error=ConfigError, remedy=remedy)
+        outcomes[outcome.row] = outcome
+    return outcomes
 
 
 def apply_outcomes(rows: Iterable[Row], outcomes: Iterable[RowOutcome]) -> list[Row]:

@@ -10,7 +10,7 @@ from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.words import is_utf8, words
-from fedzo.data.tasks import columns_used
+from fedzo.data.tasks import PREPARATIONS, answer_columns, columns_used
 from fedzo.errors import ConfigError, Problem, problem
 
 MOST_ABOUT, MOST_MEANING = 1000, 200
@@ -271,10 +271,11 @@ def _guessed(task: TaskConfig, recipe: OatRephraseConfig) -> RephraseTask:
     named, columns, candidates = TASKS.get(task.name), tuple(_columns(task)), _candidates(task)
     choices = tuple(found[1] for each in candidates if (found := _FIELD.fullmatch(each.strip())))
     is_filled = any(_FIELD.search(each) for each in candidates)  # other words in each row
-    written = () if task.kind is TaskKind.candidates else _FIELD.findall(task.answer)
+    written = answer_columns(task)
+    blank = PREPARATIONS[task.prepare].may_be_blank if task.prepare is not None else ()
     return RephraseTask(
         recipe.column or usual_column(task),
-        shown=columns,
+        shown=tuple(each for each in columns if each not in blank),
         about=recipe.about,
         choices=choices if len(choices) == len(candidates) and {*choices} <= {*columns} else (),
         anchors=_kept(named, written, columns) if named is not None else (),

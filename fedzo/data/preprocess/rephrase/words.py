@@ -17,7 +17,8 @@ _LONE = re.compile(f"[{UNSPACED}]")
 _POSSESSIVE = re.compile("'[sS]$")
 _STRAIGHT = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " ", "\u202f": " "})
 
-_NUMBER_OR_WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")
+_MINUS = "-\u2212"
+_NUMBER_OR_WORD = re.compile(rf"(?<![^\s(\[])[{_MINUS}](?=\d)|\d+(?:[.,]\d+)*|[^\W\d_]+")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _JOINS = re.compile(r"[\s-]{0,3}")
 _UNIT_WORDS = (
@@ -117,19 +118,23 @@ class _Numbers:
         self.sure: set[str] = set()
         self.loose: set[str] = set()
         self._words: list[str] = []  # of the number that is being read
+        self._sign = ""  # a minus that stands right before it
         self._done = self._part = self._last = Decimal(0)  # thousands and more; what is below; the last word's value
 
     def close(self) -> None:
         """The number ends here."""
         if self._words:
             alone = len(self._words) == 1 and self._words[0] in _LOOSE
-            (self.loose if alone else self.sure).add(_plain(self._done + self._part))
-        self._words = []
+            (self.loose if alone else self.sure).add(self._sign + _plain(self._done + self._part))
+        self._words, self._sign = [], ""
         self._done = self._part = self._last = Decimal(0)
 
     def add(self, token: str) -> None:
-        """Read a word."""
-        if token[0].isdecimal():
+        """Read a word, or a sign."""
+        if token in _MINUS:
+            self.close()
+            self._sign = "-"
+        elif token[0].isdecimal():
             self._add_digits(token)
         elif token in _SCALES:
             self._add_scale(token)
@@ -143,8 +148,10 @@ class _Numbers:
     def _add_digits(self, token: str) -> None:
         values = _digits(token)
         if len(values) > 1 or len(values[0]) > _MOST_DIGITS:  # a date, or too long to reckon with
+            if self._words:
+                self.close()
+            self.sure |= {self._sign + values[0], *values[1:]}
             self.close()
-            self.sure.update(values)
         else:
             self._add_small(token, Decimal(values[0]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import pytest
 
-from fedzo.data.preprocess.backend import BusyError, EndpointError, Request, RewriterConfig, RowFault
+from fedzo.data.preprocess.backend import BusyError, Completion, EndpointError, Request, RewriterConfig, RowFault
 from fedzo.data.preprocess.rephrase import caller as caller_module
 from fedzo.data.preprocess.rephrase.caller import Caller, Totals
 from fedzo.data.preprocess.rephrase.store import FILE, Store
@@ -103,6 +104,23 @@ def test_answers_come_in_order_and_once(echo: Make, client: Make, ask: Make, tmp
     assert (totals.calls, totals.prompt_tokens, totals.answer_tokens, totals.faults) == (7, 70, 35, 0)
     assert again.totals.calls == 0
     assert RewriterConfig(price_prompt=2.0, price_answer=4.0).cost(70, 35) == pytest.approx((70 * 2 + 35 * 4) / 1e6)
+
+
+def test_an_answer_that_an_earlier_fedzo_kept_under_its_limit_is_found_with_this_limit(
+    scripted: Make, ask: Make, tmp_path: Path
+) -> None:
+    """The oracle is the text whose digest was the key."""
+    text = '{"max_tokens": 16, "messages": [["user", "Hello"]], "model": "m", "schema": null, "seed": null, '
+    kept = Completion("Hi.", False, "m", 3, 4)
+
+    with Store(tmp_path) as store:
+        store.put(hashlib.sha256((text + '"temperature": 0.0}').encode()).hexdigest(), kept)
+        backend = scripted(lambda request: "asked")
+        same, other = (ask("Hello", max_tokens=limit) for limit in (16, 17))
+        answers = [Caller(backend, store, RewriterConfig()).answer([each])[0] for each in (same, other, same)]
+
+    assert [answer.text for answer in answers] == ["Hi.", "asked", "asked"]
+    assert len(backend.asked) == 1
 
 
 def test_faults_keep_their_place_and_are_asked_again(
@@ -260,8 +278,11 @@ def test_a_busy_endpoint_gets_fewer_calls_at_once_after_the_time_that_it_asks_fo
     assert max(count for _, count in resumed) == most
 
 
-@pytest.mark.parametrize(("asked", "waits"), [(None, [1, 2, 4, 8, 16]), (7.0, [7] * 5), (86_400.0, [60] * 5)])
-def test_waits_double_and_none_is_longer_than_a_minute(
+@pytest.mark.parametrize(
+    ("asked", "waits"),
+    [(None, [1, 2, 4, 8, 16]), (0.0, [1, 2, 4, 8, 16]), (7.0, [7, 7, 7, 8, 16]), (86_400.0, [60] * 5)],
+)
+def test_waits_double_and_none_is_shorter_than_asked_or_longer_than_a_minute(
     asked: float | None, waits: list[float], scripted: Make, ask: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, slept = [1000.0], []

@@ -87,6 +87,12 @@ def test_a_word_alone_is_no_lead_in(answer: str) -> None:
         ("The bus had people on it.", "The bus had ten people on it.", Check.numbers),
         ("The bus had 11 people on it.", "The bus had ten people on it.", Check.numbers),
         ("The bus had 3 people on it.", "The bus had people on it.", Check.numbers),
+        ("It had 5 degrees outside.", "Outside it had -5 degrees.", Check.numbers),
+        ("It had -5 degrees outside.", "Outside it had 5 degrees.", Check.numbers),
+        ("It had 5 degrees outside.", "Outside it had \u22125 degrees.", Check.numbers),
+        ("It had 1,5 degrees outside.", "Outside it had -1,5 degrees.", Check.numbers),
+        ("It fell to 5 million.", "It sank (-5 million).", Check.numbers),
+        ("It had -20 and 5 degrees.", "It had 20 and -5 degrees.", Check.numbers),
         ("Yes, the bus came late.", "Today the bus came late.", Check.leak),
     ],
 )
@@ -106,6 +112,10 @@ def test_an_answer_has_the_fault_that_a_reader_names(answer: str, original: str,
         ("It fell by ten percent.", "It fell by 10%."),
         ("It took 105 days.", "It took one hundred and five days."),
         ("It ended in 1999.", "It ended in nineteen ninety-nine."),
+        ("It had -5 degrees outside.", "Outside it had \u22125 degrees."),
+        ("It sank to -5,000,000.", "It fell (-5 million)."),
+        ("It ran from 2010 to 2015.", "It ran 2010-2015."),
+        ("The 16 of F-16 is a number.", "A number is the 16 of F-16."),
         ("Nobody knew it.", "No one knew it."),
         ("Initially it was new.", "At first it was new."),
         ("I love you very much.", "I do love you \U0001f642 very much."),
@@ -357,6 +367,19 @@ def test_figures_count_leaks_both_ways(added: list[str]) -> None:
 
     assert (found.leaks_right, found.leaks_wrong) == ("sneezing" in added, "falling" in added)
     assert (found.words_before, found.words_after) == (4, 4 + len(added))
+
+
+def test_an_answer_of_several_words_leaks_as_a_whole() -> None:
+    task = replace(TASKS["sst2"], answer_words=(("very bad", "a"), ("very good", "")))
+    rewrites = ["It is very bad, not very good.", "Very, very good! A bad thing.", "Very well it runs, bad or good."]
+
+    def leaks(original: str) -> tuple[int, int]:
+        pairs = [({"text": original, "label": 1}, rewrite) for rewrite in rewrites]
+        found = SetFigures.of(pairs, task=task, column="text", label_of=itemgetter("label"))
+        return found.leaks_right, found.leaks_wrong
+
+    assert leaks("It runs.") == (2, 1)
+    assert leaks("It runs very well, and very good it is not.") == (0, 1)
 
 
 def test_figures_tell_how_many_words_of_the_other_field_are_found_by_label() -> None:

@@ -27,6 +27,7 @@ from fedzo.data.preprocess.backend import (
     RowReason,
 )
 from fedzo.data.preprocess.rephrase import course as course_module
+from fedzo.data.preprocess.rephrase import results as results_module
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Course, counts
@@ -510,6 +511,40 @@ def test_results_from_before_a_recipe_could_tell_of_tasks_are_found() -> None:
     assert words == {"about": "", "meanings": [], "shown": []}
     assert recipe_digest(RECIPE, COPA) == hashlib.sha256(text.encode()).hexdigest()
     assert recipe_digest(dataclasses.replace(RECIPE, about="The task is this."), COPA) != recipe_digest(RECIPE, COPA)
+
+
+def test_results_of_a_task_of_ones_own_with_other_candidates_are_not_found() -> None:
+    """The prompts name meanings alone, but what a leak is depends on the candidates."""
+    words = OatRephraseConfig(about="The task is to judge a product.", meanings=["negative", "positive"])
+    one = TaskConfig(name="verdict", template="{text} It is", candidates=[" poor", " fine"])
+    other = dataclasses.replace(one, candidates=[" awful", " superb"])
+    recipe = words.filled(one)
+
+    assert words.filled(other) == recipe
+    assert recipe_digest(recipe, one) == recipe_digest(recipe, dataclasses.replace(one))
+    assert recipe_digest(recipe, one) != recipe_digest(recipe, other)
+
+
+def test_a_file_of_results_is_decoded_once_for_all_clients_until_another_takes_its_place(
+    tmp_path: Path, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = Bench(tmp_path / "calls", scripted(honest)).run()
+    decoded, decode = [], results_module.decode_json
+    monkeypatch.setattr(results_module, "decode_json", lambda *args, **more: decoded.append(1) or decode(*args, **more))
+    results = Results(tmp_path, recipe_digest(RECIPE, COPA))
+    results.add({each.row: each for each in outcomes[:2]})
+
+    for row in ROWS[:2] * 5:  # each client asks a new object
+        assert Results(tmp_path, results.recipe).find([row]) is not None
+    assert len(decoded) == 2
+
+    results.add({outcomes[2].row: outcomes[2]})
+    assert results.find(ROWS) == outcomes
+    changed = dataclasses.replace(outcomes[0], text="other")
+    results.add({changed.row: changed}, instead=[changed.row])
+    assert results.find(ROWS) == [changed, *outcomes[1:]]
+    results.file.unlink()
+    assert results.find(ROWS) is None
 
 
 def test_results_that_another_process_writes_are_waited_for(tmp_path: Path) -> None:

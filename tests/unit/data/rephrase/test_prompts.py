@@ -10,7 +10,8 @@ import pytest
 
 from fedzo.config.load import load
 from fedzo.data.config import TaskConfig, TaskKind
-from fedzo.data.preprocess.rephrase.config import OatRephraseConfig, Style
+from fedzo.data.preprocess.rephrase.checks import check
+from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig, Style
 from fedzo.data.preprocess.rephrase.examples import columns_of, read_examples, write_table
 from fedzo.data.preprocess.rephrase.judge import read_verdict
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Example, Prompts, label_of
@@ -254,6 +255,33 @@ def test_a_written_answer_is_no_text_to_rewrite() -> None:
     assert rephrase_task(task, words).others("note") == ("question", "reply")
     with pytest.raises(ConfigError, match=r"the task reads \(note, question\), .* got 'reply'"):
         rephrase_task(task, replace(words, column="reply"))
+
+
+def test_alpacas_output_is_its_answer_and_its_input_may_be_blank() -> None:
+    task = load(["task=alpaca", "data.path=.", "partition=iid"]).task
+    words = OatRephraseConfig(about="The task is to follow an instruction.", column="instruction")
+    prompts = prompts_of(words, task)
+    row = {"instruction": "Name the capital of France.", "input": "", "output": "Paris"}
+
+    assert label_of(row, prompts, task, where="row 0") is None
+    assert 'output: "Paris"' in text_of(prompts.rewriter(row, None))
+    told, kept = ("Name the capital of France, which is Paris.", "Tell me the name of the capital of France.")
+    assert check(told, row, None, prompts=prompts, rules=words).fault == Check.leak
+    assert check(kept, row, None, prompts=prompts, rules=words).fault is None
+    with pytest.raises(ConfigError, match=r"the task reads \(input, instruction\), .* got 'output'"):
+        rephrase_task(task, replace(words, column="output"))
+
+
+@pytest.mark.parametrize("labels", [["false", "true"], ["False", "True"]])
+def test_labels_that_are_booleans_come_back_from_the_table(labels: list[str], tmp_path: Path) -> None:
+    task, file = replace(NOTES, template="{note}", labels=labels), tmp_path / "t.csv"
+    told = rephrase_task(task, TOLD)
+    rows = [({"note": "All is well.", "label": True}, "Fine."), ({"note": "He coughs.", "label": False}, "A cough.")]
+
+    write_table(file, columns_of(task, told, "note"), rows)
+    file.write_text(file.read_text().replace("\n,", "\nyes,"))
+
+    assert [each.label for each in read_examples(file, task, told, "note")] == [1, 0]
 
 
 SQUAD_ROW = {"context": "A bus came.", "question": "What came?", "answers": {"text": ["A bus", "bus"]}}

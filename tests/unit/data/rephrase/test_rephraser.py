@@ -30,7 +30,7 @@ from fedzo.data.preprocess.backend import (
 from fedzo.data.preprocess.rephrase import caller as caller_module
 from fedzo.data.preprocess.rephrase import course as course_module
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.preprocess.rephrase.course import counts
+from fedzo.data.preprocess.rephrase.course import counts, outcome_of
 from fedzo.data.preprocess.rephrase.gate import keep
 from fedzo.data.preprocess.rephrase.manifest import Used
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
@@ -39,6 +39,7 @@ from fedzo.data.rows import SimulatedRows, client_rows
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.records.decode import decode_json
 from fedzo.records.rephrase import Manifest
+from fedzo.report.rephrased import figures_table
 
 COPA: TaskConfig = load(["task=copa", "data.path=."]).task
 RECIPE = replace(OatRephraseConfig(), gate=False, judged=False).filled(COPA)
@@ -217,6 +218,55 @@ def test_a_dead_endpoint_leaves_no_results(site: Site) -> None:
 
     assert site(good).results.find(ROWS[:12]) is None
     assert counts(site(good).outcomes(ROWS[:12], silent)) == {"rewritten": 12}
+
+
+def test_after_a_higher_limit_only_the_answers_that_were_cut_off_are_asked_for_again(site: Site) -> None:
+    def reply(request: Request) -> str | Completion:
+        number = int(re.findall(r"\d+", text_of(request))[0])
+        is_cut = number % 10 < 3 and request.max_tokens < 1000
+        return Completion("The man met", True, "m", 10, request.max_tokens) if is_cut else good(request)
+
+    first = site(reply, max_tokens=100)
+    with pytest.raises(EndpointError, match=r"failed 9 of 30 \(9 truncated\).* rewriter.max_tokens, and start again"):
+        first.rewrite(ROWS, silent)
+    assert asked(first) == 30
+
+    second = site(reply, max_tokens=2000)
+    second.rewrite(ROWS, silent)
+
+    assert asked(second) == 9
+    assert counts(second.results.find(ROWS) or []) == {"rewritten": 30}
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe", "row", "leaks"),
+    [
+        (COPA, OatRephraseConfig(), ROWS[0], ["rewrites that leak an answer"]),
+        (
+            load(["task=squad", "data.path=.", "partition=iid"]).task,
+            OatRephraseConfig(),
+            {"context": "A bus came.", "question": "What came?", "answer": "bus"},
+            [],
+        ),
+        (
+            TaskConfig(name="mine", template="{text}:", candidates=[" it is {a}", " it is {b}"]),
+            OatRephraseConfig(about="The task is to choose.", meanings=["red", "blue"]),
+            {"text": "A bus came.", "a": "red", "b": "blue", "label": 0},
+            [],
+        ),
+    ],
+    ids=["choices", "a written answer", "words and a column"],
+)
+def test_leaks_are_told_of_where_words_can_give_an_answer_away(
+    task: TaskConfig, recipe: OatRephraseConfig, row: Row, leaks: list[str], tmp_path: Path
+) -> None:
+    rephraser = Rephraser(recipe.filled(task), task, RewriterConfig(), tmp_path)
+    outcome = outcome_of("0" * 32, rephraser.prompts.column, "There came a bus.", model="m")
+
+    names = [name for name, _ in figures_table(rephraser, [row], [outcome])]
+
+    assert names[0] == "mean words"
+    assert [name for name in names if "leak" in name] == leaks
 
 
 def manifest(file: Path) -> Manifest:
