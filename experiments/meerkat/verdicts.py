@@ -88,10 +88,13 @@ class Results:
 
 
 def p_value(values: Gains) -> float:
-    """Two-sided, of a mean of 0; Student's t of three values, whose distribution has this closed form."""
+    """Two-sided, of a mean of 0; Student's t of three values, whose distribution has this closed form.
+
+    Values that are all 0, as where both runs of each seed ended with the base model, say nothing against that: 1.
+    """
     assert len(values) == len(SEEDS) == 3
-    error = statistics.stdev(values) / math.sqrt(3)
-    t = statistics.fmean(values) / error if error else math.inf
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(3)
+    t = mean / error if error else math.inf if mean else 0.0
     return 1 - abs(t) / math.sqrt(2 + t * t) if math.isfinite(t) else 0.0
 
 

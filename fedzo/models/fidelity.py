@@ -21,6 +21,7 @@ from fedzo.models.virtual_tokens import num_virtual_tokens
 from fedzo.sketch import tables_of
 from fedzo.zo.estimator import Estimator, Losses, LossFn
 from fedzo.zo.spaces.base import Space
+from fedzo.zo.spaces.masked import MaskedSpace
 
 NUM_DIRECTIONS = 4
 _LARGEST_ERROR = 0.1
@@ -110,17 +111,25 @@ def spacing(value: float, dtype: torch.dtype) -> float:
     return math.ldexp(info.eps, exponent)
 
 
-def too_coarse(model: nn.Module, trained: Iterable[nn.Parameter], eps: float) -> list[str]:
-    """Names of the trained weights whose spacing at their root mean square is more than 2 eps: probes mostly vanish."""
+def too_coarse(model: nn.Module, space: Space, eps: float) -> list[str]:
+    """Weights whose trained values are spaced by more than 2 eps at their root mean square: probes mostly vanish."""
     return [
         name
-        for name, parameter, dtype in _as_used(model, trained)
-        if parameter.numel() and eps < spacing(_root_mean_square(parameter), dtype) / 2
+        for name, values, dtype in _as_used(model, space)
+        if values.numel() and eps < spacing(_root_mean_square(values), dtype) / 2
     ]
 
 
-def _as_used(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
-    """Trained weights with their names and the dtype in which a forward sees them.
+def _trained(space: Space) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
+    """The space's parameters, each with its trained values: a mask may pick the largest of a matrix."""
+    if not isinstance(space, MaskedSpace):
+        return [(parameter, parameter.detach()) for parameter in space.parameters]
+    parts = torch.split(space.master, [flat.numel() for _, flat in space.places])
+    return [(parameter, part) for (parameter, _), part in zip(space.places, parts, strict=True)]
+
+
+def _as_used(model: nn.Module, space: Space) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
+    """Names of weights, their trained values, and the dtype in which a forward sees them.
 
     Tables and virtual tokens are float32, and rounded to the model's dtype before they are used. Low-rank adapters are
     multiplied in their own dtype.
@@ -128,26 +137,26 @@ def _as_used(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[tupl
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tables = {id(table) for table in tables_of(model).values()}
     model_dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
-    for parameter in trained:
+    for parameter, values in _trained(space):
         if id(parameter) in names:
-            yield names[id(parameter)], parameter, model_dtype if id(parameter) in tables else parameter.dtype
+            yield names[id(parameter)], values, model_dtype if id(parameter) in tables else parameter.dtype
         elif num_virtual_tokens(model):
-            yield "virtual tokens", parameter, model_dtype
+            yield "virtual tokens", values, model_dtype
 
 
-def coarseness_warning(model: nn.Module, trained: Iterable[nn.Parameter], eps: float) -> str | None:
-    """What to tell a user who probes these weights of a model with this eps; None if there is nothing to tell."""
-    names = too_coarse(model, trained, eps)
+def coarseness_warning(model: nn.Module, space: Space, eps: float) -> str | None:
+    """What to tell a user who probes this space of a model with this eps; None if there is nothing to tell."""
+    names = too_coarse(model, space, eps)
     if not names:
         return None
     shown = ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
     return (
-        f"estimator.eps={eps:g} is below half the spacing of the model's dtype, at their root mean square, in "
-        f"{len(names)} tensors ({shown}): theta + eps z mostly rounds back to theta there. Raise estimator.eps, or "
-        "write model.dtype=float32."
+        f"estimator.eps={eps:g} is below half the spacing of the model's dtype, at the root mean square of the trained "
+        f"values, in {len(names)} tensors ({shown}): theta + eps z mostly rounds back to theta there. Raise "
+        "estimator.eps, or write model.dtype=float32."
     )
 
 
-def _root_mean_square(parameter: nn.Parameter) -> float:
-    norm = torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32)
-    return float(norm) / math.sqrt(parameter.numel())
+def _root_mean_square(values: torch.Tensor) -> float:
+    norm = torch.linalg.vector_norm(values, dtype=torch.float32)
+    return float(norm) / math.sqrt(values.numel())

@@ -175,15 +175,15 @@ def _check_purity(
         rest = _play(make(), log[position:], law=law, theta=theta, moments=moments)
         _must_agree(rest, whole, f"continued from theta and moments before round {position}, by a new rule")
         if isinstance(rule, ControlVariates):
-            _check_drift(rule, theta, moments)
+            _check_drift(rule, theta, moments, lr=record.lr)
         theta, moments = _play(make(), [record], law=law, theta=theta, moments=moments)
     _must_agree((theta, moments), whole, "replayed round by round, by a new rule each")
 
 
-def _check_drift(rule: ControlVariates, theta: Values, moments: Values) -> None:
+def _check_drift(rule: ControlVariates, theta: Values, moments: Values, *, lr: float) -> None:
     before = theta.tobytes(), moments.tobytes()
-    first = [rule.drift(theta, moments, client) for client in range(_CLIENTS)]
-    later = [rule.drift(theta, moments, client) for client in reversed(range(_CLIENTS))][::-1]
+    first = [rule.drift(theta, moments, client, lr=lr) for client in range(_CLIENTS)]
+    later = [rule.drift(theta, moments, client, lr=lr) for client in reversed(range(_CLIENTS))][::-1]
     must((theta.tobytes(), moments.tobytes()) == before, "drift must change neither theta nor the moments")
     for client, (one, other) in enumerate(zip(first, later, strict=True)):
         must(

@@ -51,7 +51,9 @@ class BackpropConfig(EstimatorConfig):
         yield from share_below_1("estimator.beta2", self.beta2, "0.999 is usual.")
         yield from positive_float32("estimator.eps", self.eps, "1e-8 is usual.")
         yield from not_negative("estimator.weight_decay", self.weight_decay, "0 switches it off.")
-        if self.local_optimizer is LocalOptimizer.sgd:
+        if self.local_optimizer is LocalOptimizer.adamw:  # torch makes float32 of its factor, too
+            yield from run.server_optimizer.decay_problems("estimator.weight_decay", self.weight_decay, run)
+        else:
             for each in fields(self):
                 given = getattr(self, each.name)
                 if each.name != "local_optimizer" and given != each.default:

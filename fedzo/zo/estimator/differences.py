@@ -137,9 +137,10 @@ class Fzoo:
     """g_p = (l_p - l0) / sigma, sigma the sample standard deviation (ddof 1) of the step's perturbed losses.
 
     FZOO (arXiv 2506.09034) takes batched one-sided estimates along Rademacher directions and divides the step by the
-    standard deviation of the batch's losses. This formula is our reading of that description; the paper's text and
-    code were not at hand. The 1 / eps of the difference cancels: to first order sigma is eps * |gradient|, so g does
-    not grow with the loss's scale, with the gradient or with eps, and its learning rate is not that of the others.
+    standard deviation of the batch's losses. The formula is that of its authors' code (github.com/DKmiyan/FZOO), which
+    does not divide by eps either. Deviation: there sigma has ddof 0, so steps are sqrt(P / (P - 1)) times ours. To
+    first order sigma is eps * |gradient|, so g does not grow with the loss's scale, with the gradient or with eps, and
+    its learning rate is not that of the others.
 
     P + 1 forwards. If sigma is 0 or not finite, every probe is dropped.
     """

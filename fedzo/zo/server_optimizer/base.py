@@ -100,18 +100,20 @@ class ServerOptimizerConfig(PluginConfig):
             rule = f"be >= 0 and below fl.rounds ({run.fl.rounds})"
             yield problem("server_optimizer.warmup_rounds", rule, self.warmup_rounds, "Lower it, or train longer.")
         yield from not_negative("server_optimizer.weight_decay", self.weight_decay, "0 switches it off.")
-        yield from self._decay_problems(lr)
+        yield from self.decay_problems("server_optimizer.weight_decay", self.weight_decay, run)
 
-    def _decay_problems(self, lr: float) -> Iterator[Problem]:
-        key, shrink, share = "server_optimizer.weight_decay", lr * self.weight_decay, self.decay_share
+    def decay_problems(self, key: str, weight_decay: float, run: RunSettings) -> Iterator[Problem]:
+        """Of a decay by 1 - lr * weight_decay that goes with this learning rate and schedule."""
+        lr, share = run.trainer.lr if self.lr is None else self.lr, self.decay_share
+        shrink = lr * weight_decay
         if shrink >= 1:
-            yield problem(key, "make server_optimizer.lr * weight_decay less than 1", self.weight_decay, "Lower it.")
+            yield problem(key, "make server_optimizer.lr * weight_decay less than 1", weight_decay, "Lower it.")
         elif shrink > 0 and share * shrink < _SMALLEST_DECAY:
             rule = (
                 f"make lr * weight_decay 0, or at least 1e-6 up to the last round, whose lr is {share * lr:g}: float32 "
                 "holds 1 - lr * weight_decay in steps of 6e-8"
             )
-            yield problem(key, rule, self.weight_decay, f"Write 0, or at least {1e-6 / lr / share:.3g}.")
+            yield problem(key, rule, weight_decay, f"Write 0, or at least {1e-6 / lr / share:.3g}.")
 
 
 def learning_rate(config: ServerOptimizerConfig, *, round: int, rounds: int) -> float:
@@ -168,8 +170,11 @@ class ServerOptimizer(Protocol):
 class ControlVariates(ServerOptimizer, Protocol):
     """Corrects each client's local steps by what it remembers; its records keep every client's own scalars."""
 
-    def drift(self, start: Values, moments: Values, client: int) -> Drift:
-        """The correction of a client's local steps in the coming round; ``start`` is theta now, float32 [n]."""
+    def drift(self, start: Values, moments: Values, client: int, *, lr: float) -> Drift:
+        """The correction of a client's local steps in the coming round, whose learning rate is ``lr``.
+
+        ``start`` is theta now, float32 [n].
+        """
         ...
 
 

@@ -50,7 +50,7 @@ def end_models(
     steps, probes, _ = record.coefficients.shape
     for column, client in enumerate(record.owners):
         path.load(start)
-        drift = rule.drift(start, moments, client)
+        drift = rule.drift(start, moments, client, lr=record.lr)
         for t in range(steps):
             keys = step_keys(
                 run_seed, round=record.round, step=t, probes=probes, owner=client, directions=record.directions
@@ -80,7 +80,7 @@ class Scaffold:
     def num_moments(self, num_clients: int) -> int:
         return num_clients + 1
 
-    def drift(self, start: Values, moments: Values, client: int) -> Drift:
+    def drift(self, start: Values, moments: Values, client: int, *, lr: float) -> Drift:
         return Drift(moments[0] - moments[1 + client])
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
@@ -109,9 +109,9 @@ class FedDynConfig(ServerOptimizerConfig):
     """FedDyn: a dynamic regulariser lets local optima agree with the global one (arXiv 2111.04263)."""
 
     alpha: float = 0.0
-    """Weight of the proximal term in local steps. 0 = 0.5 / (lr T). A gradient that all clients share moves theta by
-    gradient / alpha a round, with other server optimizers by gradient times lr T. A smaller alpha makes longer
-    steps."""
+    """Weight of the proximal term in local steps. 0 = 0.5 / (lr T), with the lr of the round. A gradient that all
+    clients share moves theta by gradient / alpha a round, with other server optimizers by gradient times lr T. A
+    smaller alpha makes longer steps. A schedule shortens them only where alpha is 0."""
 
     @property
     def traits(self) -> ServerOptimizerTraits:
@@ -119,16 +119,11 @@ class FedDynConfig(ServerOptimizerConfig):
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         lr = run.trainer.lr if self.lr is None else self.lr
-        pull = self.pull(lr=lr, local_steps=run.fl.local_steps)
+        pull = FedDyn(self.alpha, run.fl.local_steps).pull(lr)
         if not (pull >= 2.0**-126 and lr * pull < 1):
             rule = "be >= 0 and make server_optimizer.lr * alpha less than 1, or a step overshoots the round's start"
             remedy = "Write 0, which chooses 0.5 / (lr * local steps)."
             yield problem("server_optimizer.alpha", rule, self.alpha, remedy)
-
-    def pull(self, *, lr: float, local_steps: int) -> float:
-        """``alpha``, or what 0 stands for: FedDyn's step is then twice as long as that of the other rules."""
-        reach = lr * local_steps
-        return self.alpha or (0.5 / reach if reach > 0 else 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,21 +132,28 @@ class FedDyn:
 
     h_k <- h_k - alpha (y_k - theta) for k in S, h <- the mean of h_k over all K; theta <- mean over S of y_k, minus
     h / alpha. Deviations: the local problem is not solved but followed for T steps, as the paper's experiments do; h is
-    averaged anew, which equals the paper's increments since all begin at 0.
+    averaged anew, which equals the paper's increments since all begin at 0; an alpha of 0 goes by the lr of the round,
+    and h_k, a gradient, is the same whatever alpha was when it was measured.
     """
 
     alpha: float
+    local_steps: int
+
+    def pull(self, lr: float) -> float:
+        """``alpha``, or what 0 stands for: a step is then twice as long as that of the other rules, in every round."""
+        reach = lr * self.local_steps
+        return self.alpha or (0.5 / reach if reach > 0 else 1.0)
 
     def num_moments(self, num_clients: int) -> int:
         return num_clients + 1
 
-    def drift(self, start: Values, moments: Values, client: int) -> Drift:
-        return Drift(-moments[1 + client], start=start, pull=self.alpha)
+    def drift(self, start: Values, moments: Values, client: int, *, lr: float) -> Drift:
+        return Drift(-moments[1 + client], start=start, pull=self.pull(lr))
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
         if record.lr == 0:
             return
-        start, total, alpha = space.values(), np.zeros(space.size, np.float64), np.float32(self.alpha)
+        start, total, alpha = space.values(), np.zeros(space.size, np.float64), np.float32(self.pull(record.lr))
         with np.errstate(all="ignore"):
             for client, end in end_models(self, space, moments, record, run_seed=run_seed):
                 moments[1 + client] -= alpha * (end - start)
@@ -163,7 +165,7 @@ class FedDyn:
 @SERVER_OPTIMIZERS.register("feddyn", FedDynConfig)
 def feddyn(config: FedDynConfig, *, local_steps: int) -> ServerOptimizer:
     """Build FedDyn."""
-    return FedDyn(alpha=config.alpha or config.pull(lr=config.base_lr, local_steps=local_steps))
+    return FedDyn(config.alpha, local_steps)
 
 
 def _mean_row(rows: Values) -> Values:

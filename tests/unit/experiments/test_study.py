@@ -102,10 +102,12 @@ def test_p_is_students_and_holm_counts_the_lines(study: Any) -> None:
 
     assert verdicts.p_value(values(4.303)) == pytest.approx(0.05, abs=1e-4)
     assert verdicts.p_value(values(-9.925)) == pytest.approx(0.01, abs=1e-4)
-    assert verdicts.p_value([0.5, 0.5, 0.5]) == 0
+    assert verdicts.p_value([0.5, 0.5, 0.5]) == verdicts.p_value([-0.5, -0.5, -0.5]) == 0
+    assert verdicts.p_value([0.0, 0.0, 0.0]) == 1
     # 0.01 x 4 and 0.016 x 3 are below 5 %, 0.03 x 2 is not, and what comes after is not asked
     left = verdicts.after_holm(lines(0.03, 0.01, None, 0.04, 0.016))
     assert [each.claim for each in left] == ["0.01", "0.016"]
+    assert verdicts.after_holm(lines(verdicts.p_value([0.0, 0.0, 0.0]), 0.03)) == []  # equal runs count as a line
 
 
 def test_holm_counts_the_lines_of_all_columns(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from fedzo.sketch import tables_of
 from fedzo.testing.tiny_models import tiny_model, tiny_sketch
 from fedzo.zo.config import Distribution
 from fedzo.zo.estimator import TwoPoint
+from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
 
@@ -69,11 +70,30 @@ def test_tensors_whose_probes_vanish_are_named() -> None:
     """Half the spacing of bfloat16 is 2^-8 at 1, 2^-10 at 1/4."""
     model = model_of({"norm": 1.0, "matrix": 0.25, "zero": 0.0}, torch.bfloat16)
 
-    assert too_coarse(model, model.parameters(), 2**-8) == []
-    assert too_coarse(model, model.parameters(), 2**-8.5) == ["norm"]
-    assert too_coarse(model, model.parameters(), 2**-10) == ["norm"]
-    assert too_coarse(model, model.parameters(), 2**-11) == ["norm", "matrix"]
-    assert too_coarse(model.float(), model.parameters(), 1e-3) == []
+    assert too_coarse(model, FullSpace(model), 2**-8) == []
+    assert too_coarse(model, FullSpace(model), 2**-8.5) == ["norm"]
+    assert too_coarse(model, FullSpace(model), 2**-10) == ["norm"]
+    assert too_coarse(model, FullSpace(model), 2**-11) == ["norm", "matrix"]
+    assert too_coarse(model.float(), FullSpace(model), 1e-3) == []
+
+
+def test_of_a_mask_the_values_count_that_it_trains() -> None:
+    """The largest of a Gaussian matrix lie two binades above its root mean square, where bfloat16 is four times as
+    coarse: the count of values that a probe leaves as they are says so, too."""
+    weight = (0.15 * torch.randn(256, 256, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    model = nn.Module()
+    model.register_parameter("matrix", nn.Parameter(weight, requires_grad=False))
+    largest = weight.float().abs().view(-1).topk(64).indices.sort().values
+    spaces = [MaskedSpace(model, {"matrix": each}) for each in (largest, torch.arange(weight.numel()))]
+
+    def vanished(space: MaskedSpace, eps: float) -> float:
+        moved = space.master + eps * torch.randn(space.size, generator=torch.Generator().manual_seed(1))
+        return float((moved.to(torch.bfloat16) == space.master.to(torch.bfloat16)).float().mean())
+
+    assert [too_coarse(model, space, 1e-3) for space in spaces] == [["matrix"], []]
+    few, whole = (vanished(space, 1e-3) for space in spaces)
+    assert few > 0.8
+    assert whole < 0.5
 
 
 def test_tables_are_judged_by_the_dtype_that_their_sketch_computes_in() -> None:
@@ -83,23 +103,24 @@ def test_tables_are_judged_by_the_dtype_that_their_sketch_computes_in() -> None:
         table.fill_(0.1)
     tables = tables_of(narrow)
 
-    assert too_coarse(narrow, tables.values(), 1e-4) == list(tables)
-    assert too_coarse(narrow, tables.values(), 2**-12) == []
-    assert too_coarse(wide, tables_of(wide).values(), 1e-4) == []
+    assert too_coarse(narrow, DenseSpace([*tables.values()]), 1e-4) == list(tables)
+    assert too_coarse(narrow, DenseSpace([*tables.values()]), 2**-12) == []
+    assert too_coarse(wide, DenseSpace([*tables_of(wide).values()]), 1e-4) == []
 
 
 def test_the_warning_names_five_tensors_and_counts_them_all() -> None:
     model = model_of({f"w{i}": 1.0 for i in range(7)} | {"fine": 2.0**-9}, torch.bfloat16)
 
-    text = coarseness_warning(model, model.parameters(), 1e-3)
+    text = coarseness_warning(model, FullSpace(model), 1e-3)
 
     assert text is not None
     assert "estimator.eps=0.001" in text
     assert "in 7 tensors (w0, w1, w2, w3, w4, ...)" in text
     assert "model.dtype=float32" in text
-    assert coarseness_warning(model.float(), model.parameters(), 1e-3) is None
+    assert coarseness_warning(model.float(), FullSpace(model), 1e-3) is None
     several = model_of({"a": 1.0, "b": 1.0, "c": 1.0}, torch.bfloat16)
-    few = coarseness_warning(several, [several.a, several.c], 1e-3)
+    trained = {name: each for name, each in several.named_parameters() if name != "b"}
+    few = coarseness_warning(several, FullSpace(several, parameters=trained), 1e-3)
     assert few is not None
     assert "in 2 tensors (a, c)" in few
 

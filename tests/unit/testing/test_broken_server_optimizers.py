@@ -123,9 +123,9 @@ class Decays(Plain):
 class DriftsByTurns(Scaffold):
     """A client's correction depends on who was asked before."""
 
-    def drift(self, start: Values, moments: Values, client: int) -> Drift:
+    def drift(self, start: Values, moments: Values, client: int, *, lr: float) -> Drift:
         moments[0] += np.float32(client)
-        return super().drift(start, moments, client)
+        return super().drift(start, moments, client, lr=lr)
 
 
 def test_without_a_fault_it_passes() -> None:

@@ -16,9 +16,11 @@ from fedzo.zo.server_optimizer import (
     FedDynConfig,
     MomentumConfig,
     ScaffoldConfig,
+    Schedule,
     ServerOptimizer,
     ServerOptimizerConfig,
     SgdConfig,
+    learning_rate,
 )
 from fedzo.zo.server_optimizer.control_variates import end_models
 from fedzo.zo.spaces.base import Values
@@ -61,7 +63,7 @@ def federate(
         c = np.zeros((steps, probes, len(clients)), np.float32)
         for column, client in enumerate(clients):
             space.load(start)
-            drift = rule.drift(start, moments, client) if isinstance(rule, ControlVariates) else None
+            drift = rule.drift(start, moments, client, lr=lr) if isinstance(rule, ControlVariates) else None
             for t in range(steps):
                 keys = [stream_key(SEED, round=r, step=t, probe=p) for p in range(probes)]
                 g = [problem.slope(client, space.theta, z) for z in zs(n, r, t, probes)]
@@ -273,7 +275,7 @@ def test_a_step_without_any_scalar_moves_nothing(config: ServerOptimizerConfig) 
     rule = SERVER_OPTIMIZERS.build(config, local_steps=1)
     assert isinstance(rule, ControlVariates)
     space, start = VectorSpace(np.ones(4, np.float32)), np.zeros(4, np.float32)
-    drift = rule.drift(start, np.arange(12, dtype=np.float32).reshape(3, 4), 1)
+    drift = rule.drift(start, np.arange(12, dtype=np.float32).reshape(3, 4), 1, lr=0.5)
 
     local_step(space, lr=0.5, c=np.zeros(2, np.float32), keys=[1, 2], drift=drift)
 
@@ -298,9 +300,10 @@ def test_scaffold_remembers_the_mean_of_the_steps_that_were_taken() -> None:
     assert space.theta == pytest.approx(-lr * (estimate + 3.5) / 2, rel=1e-5)  # client 1 did not move
 
 
-def test_feddyn_of_alpha_0_takes_twice_the_step_of_the_mean() -> None:
-    """Of a gradient that never changes, once its memory has settled; both rules see the same directions."""
-    n, steps, rounds, lr = 4, 10, 80, 0.01
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_feddyn_of_alpha_0_takes_twice_the_step_of_the_mean(schedule: Schedule) -> None:
+    """Of a gradient that never changes, once its memory has settled; both rules see the same directions and rates."""
+    n, steps, rounds = 4, 10, 80
     slope = np.array([1.0, -2.0, 0.5, 3.0])
 
     def travelled(config: ServerOptimizerConfig) -> np.ndarray:
@@ -310,11 +313,12 @@ def test_feddyn_of_alpha_0_takes_twice_the_step_of_the_mean() -> None:
         for r in range(rounds):
             c = np.array([[[slope @ z / 8] for z in zs(n, r, t, 8)] for t in range(steps)], np.float32)
             owner = 0 if isinstance(rule, ControlVariates) else SHARED
+            lr = learning_rate(config, round=r, rounds=rounds)
             record = RoundRecord(round=r, lr=lr, owners=(owner,), coefficients=c, directions=SHARED)
             rule.apply(space, moments, record, run_seed=SEED)
             places.append(space.values())
         return np.array(places[-1] - places[rounds // 2])
 
-    ours, plain = travelled(FedDynConfig(lr=lr)), travelled(SgdConfig(lr=lr))
+    ours, plain = (travelled(each(lr=0.01, schedule=schedule)) for each in (FedDynConfig, SgdConfig))
 
     assert float(ours @ slope) / float(plain @ slope) == pytest.approx(2.0, abs=0.1)

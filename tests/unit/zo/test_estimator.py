@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
 from fedzo.errors import ConfigError
 from fedzo.testing.vector_space import VectorSpace
@@ -71,6 +72,17 @@ def test_fzoo_divides_by_the_deviation_so_neither_eps_nor_the_loss_s_scale_matte
     projections = Fzoo(eps=eps).estimate(space, lambda: scale * loss(), KEYS)
 
     assert gs(projections) == pytest.approx(slopes(KEYS) / np.std(slopes(KEYS), ddof=1), rel=2e-5)
+
+
+def test_fzoo_steps_as_its_authors_code_does_but_for_the_denominator_of_the_deviation() -> None:
+    """There a step along z_p is (l_p - l0) / (P std), and std has P in its denominator (github.com/DKmiyan/FZOO)."""
+    space = VectorSpace(np.zeros(5))
+    losses = 3.0 + 0.25 * torch.from_numpy(slopes(KEYS))
+
+    projections = Fzoo(eps=0.25).estimate(space, linear(space), KEYS)
+
+    theirs = (losses - 3.0) / (4 * torch.std(losses, unbiased=False))
+    assert gs(projections) / 4 == pytest.approx(theirs.numpy() * math.sqrt(3 / 4), rel=2e-5)
 
 
 # --- in expectation ---------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def walked_trajectory(rule_config: ServerOptimizerConfig) -> list[str]:
         c, start = np.zeros((2, PROBES, 2), np.float32), space.values()
         for client, side in enumerate((1.0, -0.5)):
             space.load(start)
-            drift = rule.drift(start, moments, client)
+            drift = rule.drift(start, moments, client, lr=lr)
             for t in range(2):
                 keys = [stream_key(SEED, round=number, step=t, probe=p) for p in range(PROBES)]
                 probes = estimator.estimate(space, lambda side=side: loss(space.theta, side), keys)  # type: ignore[misc]
