@@ -118,7 +118,13 @@ def _open(config: LaunchConfig) -> LoadedModel:
             f"model.quantization must be none for a sketch, which packs the weights itself, got "
             f"{site.model.quantization}. Leave it out."
         )
-    return open_model(uncompiled(site), max_length=1)
+    loaded = open_model(uncompiled(site), max_length=1)
+    if loaded.packed_as is not None:
+        raise ConfigError(
+            f"model.name must be a model of dense weights for a sketch, got {loaded.source!r}, whose weights are "
+            f"stored packed (quant_method={loaded.packed_as}). Name the model that it was packed from."
+        )
+    return loaded
 
 
 @contextmanager
@@ -143,7 +149,9 @@ def _build(
     part: Path,
 ) -> Iterator[str]:
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    begun = BuildInProgress(recipe=recipe, dtype=dtype, device=loaded.device.type)
+    begun = BuildInProgress(
+        recipe=recipe, architecture_digest=loaded.architecture_digest, dtype=dtype, device=loaded.device.type
+    )
     _check_begun(part / _RECIPE, begun, request.out)
     what = f"{len(measured)} windows of {'--text' if request.text else 'the calibration text itself'}"
     yield f"calibration: {len(windows)} windows of {request.tokens} tokens"
@@ -198,9 +206,9 @@ def _check_begun(file: Path, build: BuildInProgress, out: Path) -> None:
     said = to_json(build) + "\n"
     if file.exists() and file.read_text(encoding="utf-8") != said:
         raise ConfigError(
-            f"{file.parent}: a build with other settings, another model, other text, another model.dtype or another "
-            "kind of device has begun there, and must be ended with those. Call that command again, remove the "
-            f"folder, or choose another --out than {str(out)!r}."
+            f"{file.parent}: a build with other settings, another config.json, another model, other text, another "
+            "model.dtype or another kind of device has begun there, and must be ended with those. Call that command "
+            f"again, remove the folder, or choose another --out than {str(out)!r}."
         )
     replace_file(file, said, durable=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -101,13 +102,15 @@ def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: str
 
 def _save_model(loaded: LoadedModel, folder: Path, *, ends: set[int]) -> None:
     """``ends`` are tokens that end an answer beside the checkpoint's own: whoever loads the folder stops there, too."""
-    model: Any = loaded.model
-    if ends:
-        model.generation_config.eos_token_id = sorted(end_tokens(loaded) | ends)
     if loaded.is_sketch:
-        write_sketch(model, loaded.tokenizer, None, {}, folder, source_digest=loaded.base_digest)
-        return
-    save_model(model, loaded.tokenizer, folder)
+        write_sketch(loaded.model, loaded.tokenizer, None, {}, folder, source_digest=loaded.base_digest)
+    else:
+        save_model(loaded.model, loaded.tokenizer, folder)
+    if ends:  # in the file: transformers saves odd settings as they were loaded, but none that were changed
+        file = folder / "generation_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings["eos_token_id"] = sorted(end_tokens(loaded) | ends)
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:

@@ -78,12 +78,13 @@ def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
         yield problem("model.dtype", rule, dtype, "Write model.dtype=float32.")
 
 
-def format_problems(config: RunSettings, *, is_sketch: bool, name: str) -> Iterator[Problem]:
+def format_problems(config: RunSettings, *, is_sketch: bool, packed_as: str | None, name: str) -> Iterator[Problem]:
     """Whether the trainer can train a model in the format in which it was loaded.
 
     Args:
         config: The run.
         is_sketch: Whether the model is a sketch.
+        packed_as: By what its weights are packed, if they are and it is none.
         name: ``model.name``.
     """
     traits, trainer = config.trainer.traits, plugin_name("trainer", config.trainer)
@@ -95,6 +96,10 @@ def format_problems(config: RunSettings, *, is_sketch: bool, name: str) -> Itera
         rule = f"be one that trains dense models, as {name!r} is: {trainer} cannot, since {traits.cannot_train_dense}"
         how = f"`fedzo sketch --out FOLDER --calibration FILE model={name}`"
         remedy = f"Choose another trainer, or make a sketch of the model with {how} and write model=FOLDER."
+        yield problem("trainer", rule, trainer, remedy)
+    if packed_as is not None and traits.trains_base_weights:
+        rule = f"leave the weights of {name!r} as they are, which are stored packed (quant_method={packed_as})"
+        remedy = "Train an adapter, as trainer=lora does, or name the model that it was packed from."
         yield problem("trainer", rule, trainer, remedy)
 
 

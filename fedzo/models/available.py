@@ -64,15 +64,20 @@ class Held(NamedTuple):
 def held_bytes(config: ModelConfig, files: Iterable[Path]) -> Held | None:
     """What the weights of safetensors files will take, from the headers alone; None where a file has no whole one.
 
-    An estimate in three places: a tensor that the model does not use counts, tables of a sketch as if they were cast,
-    and weights that transformers merges as if they stayed in their files.
+    An estimate in four places: a tensor that the model does not use counts, tables of a sketch as if they were cast,
+    weights that transformers merges as if they stayed in their files, and FP8 and MXFP4 as if any GPU computed with
+    them. Where there is none, transformers unpacks them.
     """
+    unpacks = not torch.cuda.is_available()  # as transformers asks, wherever the model is to be
     dtype, quantization, copied, mapped = TORCH_DTYPES[DType(config.dtype)], config.quantization, 0.0, 0
     try:
         for name, info in chain.from_iterable(_header(file).items() for file in files):
             (low, high), stored = info["data_offsets"], _FLOATS.get(info["dtype"])
             packed = quantization in _PACKED and len(info["shape"]) == 2 and not _NEVER_PACKED.search(name)
-            if stored is not None and packed:
+            fp8, mxfp4 = info["dtype"] in ("F8_E4M3", "F8_E5M2"), info["dtype"] == "U8" and name.endswith("_blocks")
+            if unpacks and (fp8 or mxfp4):
+                copied += (high - low) * (2 if mxfp4 else 1) * dtype.itemsize
+            elif stored is not None and packed:
                 copied += (high - low) // stored.itemsize * _PACKED[quantization]
             elif stored in (None, dtype):
                 mapped += high - low

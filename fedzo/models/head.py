@@ -1,7 +1,8 @@
 """Logits at chosen positions only: the decoder runs on all tokens, the LM head on the rows that are asked for.
 
-What some families do to their logits (Gemma 2 caps them, Cohere and Granite scale them) is taken from the config's
-attributes. ``check_head`` compares the outcome with the model's own logits once, so that any other habit is found out.
+What some families do to their logits (Gemma 2 caps them, Cohere, Granite and Falcon H1 scale them) is taken from the
+config's attributes. ``check_head`` compares the outcome with the model's own logits once, so that any other habit is
+found out.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ def _finish(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
     config = cast(Any, model.config).get_text_config()  # of models that read images as well, the part for text
     if isinstance(scale := getattr(config, "logit_scale", None), int | float):  # Cohere
         logits = logits * scale
+    if isinstance(multiplier := getattr(config, "lm_head_multiplier", None), int | float):  # Falcon H1
+        logits = logits * multiplier
     if isinstance(scaling := getattr(config, "logits_scaling", None), int | float):  # Granite
         logits = logits / scaling
     if isinstance(cap := getattr(config, "final_logit_softcapping", None), int | float):  # Gemma

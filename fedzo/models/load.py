@@ -68,22 +68,27 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
     except ConfigError:
         raise
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            raise ConfigError(
+                f"model.name {config.name!r}: the memory of {where} must hold the weights in {config.dtype}, but does "
+                f"not. {ways_to_fit(config)}"
+            ) from error
+        if not _is_of_device(error):
             raise
         raise ConfigError(
-            f"model.name {config.name!r}: the memory of {where} must hold the weights in {config.dtype}, but does not. "
-            f"{ways_to_fit(config)}"
+            f"device must be one that torch {torch.__version__} can compute on, got {str(where)!r}, which fails: "
+            f"{_line(error)}. Take a torch that is built for it, update its driver, or write device=cpu."
         ) from error
 
 
 def _load(config: ModelConfig, where: torch.device, max_length: int) -> LoadedModel:
     source = find_source(config)
     dtype = TORCH_DTYPES[DType(config.dtype)]
-    check_unpacked(source, config)
-    packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
-    if (held := held_bytes(config, source.files)) is not None:
-        check_room(config, held, where)
     try:
+        check_unpacked(source, config)
+        packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
+        if (held := held_bytes(config, source.files)) is not None:
+            check_room(config, held, where)
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
         model = _read(source, dtype, **packed)
     except Exception as error:  # files from anywhere make transformers raise anything
@@ -122,6 +127,8 @@ def _load(config: ModelConfig, where: torch.device, max_length: int) -> LoadedMo
             raise
         if config.quantization is not Quantization.none:
             raise _cannot_pack(config, where, error) from error
+        if _is_of_device(error):
+            raise
         raise ConfigError(
             f"model.name {config.name!r} must be a causal language model that runs on token ids alone, but a forward "
             f"of {type(model).__name__} fails: {_line(error)}. Take another model, or correct its config.json."
@@ -158,6 +165,12 @@ def _cannot_read(config: ModelConfig, device: torch.device, error: Exception) ->
             f"model.name {config.name!r} must hold whole safetensors files with the shapes of its config.json. Reading "
             f"them fails: {_line(error)}. Copy the files again (`git lfs pull` where they are pointers of git-lfs)."
         )
+    if "trust_remote_code" in str(error):  # which it tells the user to set
+        return ConfigError(
+            f"model.name {config.name!r} must hold a causal language model and a tokenizer that transformers can load "
+            "without code of their own, but its files name such code (auto_map), and fedzo never runs it. Take a model "
+            "of another family."
+        )
     return ConfigError(
         f"model.name {config.name!r} must hold a causal language model and a tokenizer that transformers can load. "
         f"It says: {_line(error)}"
@@ -169,6 +182,11 @@ def _cannot_pack(config: ModelConfig, device: torch.device, error: Exception) ->
         f"model.quantization={config.quantization} must be a quantization that {config.name!r} can compute with on "
         f"{device}, but that fails: {_line(error)}. Write model.quantization=none, or another."
     )
+
+
+def _is_of_device(error: Exception) -> bool:
+    """Whether a GPU failed, whatever the model: there are no kernels for it, or it was lost."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
 
 def _line(error: Exception) -> str:

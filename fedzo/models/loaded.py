@@ -83,6 +83,12 @@ class LoadedModel:
         """Whether linear layers are codes and tables (``fedzo.sketch``)."""
         return bool(sketched_layers(self.model))
 
+    @property
+    def packed_as(self) -> str | None:
+        """By what linear layers hold packed weights (``quant_method``); None of dense layers, and of a sketch's."""
+        method = None if self.is_sketch else getattr(self.model, "quantization_method", None)
+        return None if method is None else str(getattr(method, "value", method))
+
     def reload_weights(self) -> None:
         """Write the base weights back into the model, in place.
 

@@ -3,11 +3,12 @@
 The memory of a forward-only step, in bytes (w = bytes of a weight):
 
     weights      every parameter once, and the buffers that belong to the model's state, as a sketch's codes do
-    scratch      of a sketch: one decoded layer, the largest; in float32 where a backward pass is taken. Of weights in
-                 four bits: the largest, unpacked
+    scratch      of a sketch: one decoded layer, the largest; in float32 where a backward pass is taken, on a GPU beside
+                 the forward pass's. Of weights in four bits: the largest, unpacked
     activations  tokens * w * (6 * hidden + 3 * intermediate), one layer's at a time: there is no backward pass
     attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down ("eager", as Gemma 2)
-    states       tokens * 4 * (4 * inner * state) for a state space model, 2 * chunk * heads * state in chunks (Mamba 2)
+    states       tokens * 4 * (4 * inner * state) of a state space layer; where it pairs the tokens of a chunk (Mamba 2)
+                 tokens * 4 * (8 * heads * (chunk + state)) * chunk / 32, since every text is padded to whole chunks
     head         head_rows * vocabulary * 8, logits and their logarithms in float32; without a backward pass they are
                  made in parts of at most 256 MiB
     cache        keys and values of shared prompts: counted in ``tokens_per_batch`` when forwards are planned
@@ -17,13 +18,14 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     moments      space_size * 4 * (num_moments + 10) in the machine's memory, if the server optimizer has any: these
                  numbers, and what a round's update holds beside them for a while (3 vectors of n, 10 with a drift)
 
-It is meant to be an upper estimate; sequences are taken to be 512 tokens at most.
+It is meant to be an upper estimate; sequences are taken to be 32 tokens at least and 512 at most.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -38,8 +40,9 @@ _LOGITS_BYTES = 256 << 20
 _UPDATE_VECTORS = 10
 _GRADIENT_VECTORS = 8  # start, theta, gradient, change, the local optimizer's two moments and scratch
 _SEQUENCE_TOKENS = 512
-_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
-"""How torch, its libraries and Triton say it in a plain RuntimeError."""
+_SHORT_TOKENS = 32
+_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+"""How torch, its libraries and Triton say it in a plain RuntimeError; the last, as a rule, of a new cuBLAS handle."""
 _TIMED_ROW = 32  # tokens
 _SHARE = 0.9  # of what is available: allocators keep some
 
@@ -64,10 +67,13 @@ def weights_bytes(model: nn.Module) -> int:
 
 def scratch_bytes(model: nn.Module, *, backward: bool = False) -> int:
     """Bytes of the largest layer of a sketch, decoded, or of four bits a weight, unpacked; 0 for a dense model."""
-    width = next(model.parameters()).element_size()
+    first = next(model.parameters())
+    width = decoded_width = first.element_size()
+    if backward:  # which on a GPU runs in a thread of its own, with a scratch of its own
+        decoded_width = 4 + width * (first.device.type == "cuda")
     decoded = (layer.in_features * layer.out_features for layer in sketched_layers(model).values())
     unpacked = (_num_unpacked(each) for each in model.parameters() if hasattr(each, "quant_state"))
-    return max((4 if backward else width) * max(decoded, default=0), width * max(unpacked, default=0))
+    return max(decoded_width * max(decoded, default=0), width * max(unpacked, default=0))
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -110,7 +116,7 @@ def estimate_step_memory_bytes(
     activations = batch_tokens * width * (6 * _hidden(config) + 3 * _intermediate(config))
     if getattr(config, "_attn_implementation", None) == "eager":
         activations += 2 * 4 * _SEQUENCE_TOKENS * batch_tokens * _heads(config)
-    activations += 4 * batch_tokens * _states(config)
+    activations += 4 * batch_tokens * _states(model)
     activations *= int(config.num_hidden_layers) if backward else 1
     logits = head_rows * int(getattr(config, "vocab_size", 0))
     head = 2 * (4 * logits if backward else min(4 * logits, _LOGITS_BYTES))
@@ -240,14 +246,20 @@ def _heads(config: Any) -> int:
     return int(getattr(config, "num_attention_heads", None) or 0)
 
 
-def _states(config: Any) -> int:
-    """Float32 numbers a token that the scan of a state space model writes down without a kernel of its own."""
-    size = getattr(config, "state_size", None)
-    if not isinstance(size, int):
-        return 0
-    if isinstance(chunk := getattr(config, "chunk_size", None), int):  # Mamba 2 pairs the tokens of a chunk
-        return 2 * min(chunk, _SEQUENCE_TOKENS) * int(config.num_heads) * size
-    return 4 * _intermediate(config) * size
+def _states(model: nn.Module) -> int:
+    """Float32 numbers a token that the scan of a state space layer writes down without a kernel of its own.
+
+    The layers are asked: configs have a name for each family, and numbers where no layer is of this kind, as well.
+    """
+    layers: Iterable[Any] = (each for each in model.modules() if hasattr(each, "ssm_state_size"))
+    return max((_scanned(each) for each in layers), default=0)
+
+
+def _scanned(layer: Any) -> int:
+    if not hasattr(layer, "chunk_size"):
+        return int(4 * layer.intermediate_size * layer.ssm_state_size)
+    padding = max(1, layer.chunk_size // _SHORT_TOKENS)
+    return int(8 * layer.num_heads * (layer.chunk_size + layer.ssm_state_size) * padding)
 
 
 def _hidden(config: Any) -> int:

@@ -98,7 +98,7 @@ def find_source(config: ModelConfig) -> Source:
     config_file = find_file(name, "config.json", config.revision, required=True)
     if config_file is None:
         raise ConfigError(f"model.name {name!r}: the folder must hold config.json, which is not there. Check the path.")
-    return Source(name, config.revision, None, _safetensors(name, config.revision), config_file)
+    return Source(name, config.revision, None, _safetensors(name, config.revision, config_file), config_file)
 
 
 def check_unpacked(source: Source, config: ModelConfig) -> None:
@@ -290,18 +290,24 @@ def _sweep(parent: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:
-    """The files that transformers reads: one that holds all weights comes before an index, which may be stale."""
-    single = find_file(name, "model.safetensors", revision)
-    if single is not None:
-        return (single,)
-    index = find_file(name, "model.safetensors.index.json", revision)
-    if index is None:
+def _safetensors(name: str, revision: str | None, config_file: Path) -> tuple[Path, ...]:
+    """The files that transformers reads: one that holds all weights comes before an index, which may be stale.
+
+    Where config.json names a file or an index, it looks for no other.
+    """
+    named: Any = None
+    with suppress(ValueError, AttributeError):  # of a config.json that transformers tells the faults of
+        named = json.loads(config_file.read_text(encoding="utf-8")).get("transformers_weights")
+    wanted = (named,) if isinstance(named, str) else ("model.safetensors", "model.safetensors.index.json")
+    index = next(filter(None, (find_file(name, each, revision) for each in wanted)), None)
+    if index is None or not index.name.endswith((".safetensors", ".safetensors.index.json")):
         raise ConfigError(
-            f"model.name {name!r}: weights must be in safetensors (model.safetensors), which are not there; pickled "
+            f"model.name {name!r}: weights must be in safetensors ({wanted[0]}), which are not there; pickled "
             "weights (.bin) are never read. Use a revision that has them (often model.revision=refs/pr/1), convert "
             "them, or set model.gguf_file."
         )
+    if index.suffix == ".safetensors":
+        return (index,)
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         inside = all(Path(shard).name == shard for shard in shards)

@@ -69,11 +69,13 @@ class BuildInProgress:
 
     Attributes:
         recipe: What the sketch is made of.
+        architecture_digest: Of the dense model (``digest.architecture_digest``).
         dtype: In which the dense model is held while it is sketched.
         device: Kind of the device on which it is.
     """
 
     recipe: SketchRecipe
+    architecture_digest: Hash
     dtype: Name
     device: Name
 

@@ -17,9 +17,9 @@ import torch
 from fedzo.data.embedded import imdb_texts
 from fedzo.data.encode import opening
 from fedzo.data.files import read_texts
-from fedzo.errors import Problem, at_least, problem
+from fedzo.errors import ConfigError, Problem, at_least, problem
 from fedzo.masks.calibration import windows_from_texts
-from fedzo.models.checks import check_ids
+from fedzo.models.checks import check_ids, num_positions
 from fedzo.trainers.base import InputsConfig, LayeredConfig, Workplace
 
 if TYPE_CHECKING:
@@ -48,19 +48,24 @@ class CalibratedConfig(LayeredConfig):
     calibration_tokens: int = 128
     """Length of each document's window in tokens."""
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it is prepared on the text, as its settings are: those that find no gradient need none."""
+        return self.traits.gradient or not self.traits.gradient_setting
+
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from at_least("trainer.calibration_docs", self.calibration_docs, 1, "It counts documents.")
         yield from at_least("trainer.calibration_tokens", self.calibration_tokens, 2, "The loss is of the next token.")
 
     def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
-        if self.calibration is CalibrationSource.file and inputs.calibration is None:
+        if self.reads_text and self.calibration is CalibrationSource.file and inputs.calibration is None:
             remedy = "Write inputs.calibration=<text file>, or choose another trainer.calibration."
             yield problem("inputs.calibration", "be given for trainer.calibration=file", None, remedy)
         if self.calibration is not CalibrationSource.file and inputs.calibration is not None:
             rule = f"be null for trainer.calibration={self.calibration}, which reads no file"
             remedy = "Write trainer.calibration=file, or leave it out."
             yield problem("inputs.calibration", rule, inputs.calibration, remedy)
-        if self.calibration is CalibrationSource.train and run.partition.traits.own_rows:
+        if self.reads_text and self.calibration is CalibrationSource.train and run.partition.traits.own_rows:
             rule = "be imdb or file for partition=own, where the server has no training rows"
             yield problem("trainer.calibration", rule, "train", "Choose another text.")
 
@@ -69,8 +74,15 @@ def calibration_windows(config: CalibratedConfig, loaded: LoadedModel, workplace
     """Token ids, int64 [calibration_tokens], one window of each document.
 
     Raises:
-        ConfigError: Too few documents are long enough, or the model has no row for a token.
+        ConfigError: Windows are longer than the model's positions, too few documents are long enough, or the model has
+            no row for a token.
     """
+    longest = num_positions(loaded.model)
+    if longest is not None and config.calibration_tokens > longest:
+        raise ConfigError(
+            f"trainer.calibration_tokens must be <= {longest}, the positions of {loaded.source!r}, got "
+            f"{config.calibration_tokens}. Lower it."
+        )
 
     def tokenize(text: str) -> list[int]:
         ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])

@@ -123,6 +123,9 @@ def test_an_exported_instruction_run_stops_where_its_answers_end(
     model, tokenizer = save_model_for(trainer, tmp_path / "model"), byte_tokenizer(chat=False)
     tokenizer.chat_template = ENDS_WITH_BOS
     tokenizer.save_pretrained(model)
+    generation = model / "generation_config.json"
+    odd = {"temperature": 0.6}  # without do_sample, as checkpoints are published
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | odd))
     folder = run(
         f"model={model}",
         f"trainer={trainer}",
@@ -140,6 +143,7 @@ def test_an_exported_instruction_run_stops_where_its_answers_end(
     written = out.generate(torch.tensor([[65, 66]]), max_new_tokens=4, do_sample=False, logits_processor=made)
     assert written.tolist() == [[65, 66, 1]]
     assert out.generation_config.eos_token_id == [1, 2]
+    assert out.generation_config.temperature == 0.6
 
 
 @pytest.mark.parametrize("trainer", ["meerkat", "mezo", "tables"])

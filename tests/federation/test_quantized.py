@@ -17,7 +17,8 @@ from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models import load as loading
 from fedzo.models import source
-from fedzo.models.config import Quantization
+from fedzo.models.config import ModelConfig, Quantization
+from fedzo.models.load import load_model
 from fedzo.models.memory import num_weights, scratch_bytes, weights_bytes
 from fedzo.run.start import open_run
 from fedzo.testing.tiny_models import byte_tokenizer, tiny_model_from
@@ -107,6 +108,39 @@ def test_weights_that_are_trained_cannot_be_packed(trainer: str, overrides: Over
         ConfigError, match=r"model\.quantization must be none where the model's own weights are trained"
     ):
         load(overrides(f"trainer={trainer}", "model.quantization=int8"))
+
+
+@pytest.fixture(scope="module")
+def stored_packed(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose own config.json says that it is packed."""
+    folder = tmp_path_factory.mktemp("packed")
+    packed = load_model(ModelConfig(name=str(tiny_model_dir), quantization=Quantization.nf4), device="cpu")
+    assert packed.packed_as == "bitsandbytes"
+    packed.model.save_pretrained(folder)
+    packed.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("trainer", ["mezo", "meerkat", "norms"])
+def test_weights_that_are_stored_packed_are_not_trained(
+    trainer: str, stored_packed: Path, overrides: Overrides, tmp_path: Path
+) -> None:
+    config = load(overrides(f"trainer={trainer}", f"model={stored_packed}", "task.max_length=256"))
+
+    with pytest.raises(
+        ConfigError, match=r"trainer must leave the weights of .* as they are, .* stored packed \(quant_method=bitsandb"
+    ):
+        open_run(config, tmp_path)
+
+
+def test_an_adapter_is_trained_over_weights_that_are_stored_packed(
+    stored_packed: Path, run: Run, lines: Lines, overrides: Overrides
+) -> None:
+    folder = run(*SMALL, f"model={stored_packed}")
+
+    assert replay_run(folder)["digest"] == lines(folder, "public.jsonl")[-1]["digest"]
+    with pytest.raises(ConfigError, match=r"bench step: model\.name must be a model of dense weights or a sketch"):
+        open_bench(load(overrides(*SMALL, f"model={stored_packed}")), shape=None, rows=1, tokens=8)
 
 
 def test_packed_weights_that_cannot_be_computed_with_are_told(

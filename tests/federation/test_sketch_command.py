@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.sketched.folder import read_manifest
 from fedzo.records.folder import folder_of_one_process
+from fedzo.testing.tiny_models import tiny_loaded
 
 
 @pytest.fixture
@@ -111,6 +113,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
 
 def test_a_build_goes_on_only_with_what_it_began_with(
     ask: list[str],
+    tiny_model_dir: Path,
     no_room: Callable[[], AbstractContextManager[None]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -122,7 +125,11 @@ def test_a_build_goes_on_only_with_what_it_began_with(
     assert "call the same command again: it goes on with what is in sk4.part" in said
     assert not (tmp_path / "sk4").exists()
 
-    for other in (["--bits", "2"], ["model.dtype=bfloat16"]):
+    changed = Path(shutil.copytree(tiny_model_dir, tmp_path / "changed" / tiny_model_dir.name))
+    config = json.loads((changed / "config.json").read_text())
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    (changed / "config.json").write_text(json.dumps(config | rope))
+    for other in (["--bits", "2"], ["model.dtype=bfloat16"], [f"model={changed}"]):
         assert main([*ask, *other]) == 2
         assert "another model, other text, another model.dtype or another kind of" in capsys.readouterr().err
     with folder_of_one_process(tmp_path / "sk4.part"):
@@ -184,6 +191,19 @@ def test_a_sketch_is_not_sketched_again(ask: list[str], tmp_path: Path, capsys: 
     assert main([*again, f"model={tmp_path / 'sk4'}"]) == 2
 
     assert "must be dense, but is a sketch already (14 layers" in capsys.readouterr().err
+
+
+def test_weights_that_are_stored_packed_are_not_sketched(
+    ask: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tiny_loaded()
+    packed.model.quantization_method = "gptq"
+    monkeypatch.setattr("fedzo.commands.sketch.open_model", lambda *_, **__: packed)
+
+    assert main(ask) == 2
+
+    assert "'tiny-llama', whose weights are stored packed (quant_method=gptq). Name the" in capsys.readouterr().err
+    assert not (tmp_path / "sk4.part").exists()
 
 
 def test_the_recipe_is_json_that_people_can_read(ask: list[str], tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 A decoder is a list of blocks, each of which takes the hidden states of the one before it. A block is called as the
 model itself calls it: with the arguments that were captured in a forward of the whole model (positions, masks), which
-do not depend on the hidden states. So no family of models is spelled out here. Where the states of such a walk differ
-from those of a forward, the model is refused.
+do not depend on the text. So no family of models is spelled out here. Where the states of such a walk differ from those
+of a forward, for the captured text or for another, the model is refused.
 
 The linear layers of a block are met in stages: those that read one tensor, such as the projections of query, key and
 value, share a stage. Their order is the one in which the block calls them.
@@ -145,9 +145,10 @@ def start_walk(model: nn.Module, windows: Sequence[torch.Tensor]) -> Walk:
         states, calls, last = _capture(model, blocks, ids, first_only=known)
         walk.states.append(states)
         if not known:
+            other, _, other_last = _capture(model, blocks, ids.flip(1), first_only=False)
+            _check(model, blocks, calls, [states, other], [last, other_last])
             for of_block, call in zip(walk.calls, calls, strict=True):
                 of_block[len(ids)] = call
-            _check(model, walk, states, last)
     return walk
 
 
@@ -212,19 +213,30 @@ def _capture(
     return before[0], calls, after[0]
 
 
-def _check(model: nn.Module, walk: Walk, states: torch.Tensor, expected: torch.Tensor) -> None:
-    """Refuse a model whose blocks, called one after another, do not give what its forward gives."""
-    if not bool(torch.isfinite(expected).all()):
+def _check(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    calls: list[Call],
+    states: list[torch.Tensor],
+    expected: list[torch.Tensor],
+) -> None:
+    """Refuse a model whose blocks, called one after another, do not give what its forward gives.
+
+    Two texts go through block by block, as those of a walk do, with the calls of the first: the second shows what else
+    of a text a block is handed, and what one block leaves for another.
+    """
+    if not all(bool(torch.isfinite(each).all()) for each in expected):
         raise ConfigError(
             "sketch: the states of the calibration text must be finite, got NaN or infinity. Check the model's "
             "weights, or load it in float32."
         )
-    for block, calls in zip(walk.blocks, walk.calls, strict=True):
-        states = calls[len(states)](block, states)
-    error = float((states - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    if not error <= _TOLERANCE * (1 if expected.dtype == torch.float32 else 100):
-        raise ConfigError(
-            f"sketch: the blocks of a {type(model).__name__}, run one after another, must give what its forward gives, "
-            f"but differ by {error:.1e} of the largest state: its blocks exchange more than hidden states. Take "
-            "another model."
-        )
+    for block, call in zip(blocks, calls, strict=True):
+        states = [call(block, each) for each in states]
+    for ours, theirs in zip(states, expected, strict=True):
+        error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+        if not error <= _TOLERANCE * (1 if theirs.dtype == torch.float32 else 100):
+            raise ConfigError(
+                f"sketch: the blocks of a {type(model).__name__}, run one after another, must give what its forward "
+                f"gives, but differ by {error:.1e} of the largest state: its blocks exchange more than hidden states. "
+                "Take another model."
+            )

@@ -92,7 +92,7 @@ def test_messages_name_a_plugins_trainer_by_its_traits(monkeypatch: pytest.Monke
     monkeypatch.setitem(TRAINERS._configs, "other", OtherConfig)
 
     text = complaint("step_policy=vpcs", "step_policy.statistic=gradip", "trainer=lora")
-    (refused,) = format_problems(load(["trainer=lora"]), is_sketch=True, name="sk")
+    (refused,) = format_problems(load(["trainer=lora"]), is_sketch=True, packed_as=None, name="sk")
 
     assert "trainer=other, trainer=tables with trainer.gradient=true, or step_policy.statistic=abs_g." in text
     assert refused.text.endswith("Write trainer=other, trainer=tables, or name the dense model.")

@@ -81,6 +81,22 @@ def test_codes_are_held_as_they_are_stored(tmp_path: Path) -> None:
     assert held_bytes(ModelConfig(), files_of(tmp_path)) == Held(4 * 7, 30)
 
 
+@pytest.mark.parametrize(("gpu", "expected"), [(False, Held(2 * (100 + 10 + 2 * 30), 4)), (True, Held(0, 144))])
+def test_what_is_unpacked_where_there_is_no_gpu_counts_unpacked(
+    gpu: bool, expected: Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    stored = {
+        "q_proj.weight": torch.zeros(100, dtype=torch.float8_e4m3fn),
+        "k_proj.weight": torch.zeros(10, dtype=torch.float8_e5m2),
+        "experts.down_proj_blocks": torch.zeros(30, dtype=torch.uint8),
+        "experts.down_proj_scales": torch.zeros(4, dtype=torch.uint8),
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+
+    assert held_bytes(ModelConfig(dtype=DType.bfloat16), files_of(tmp_path)) == expected
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"GGUF\3\0\0\0" + bytes(40), b"\2\0\0\0\0\0\0\0[]", b"version https://git-lfs"]
 )

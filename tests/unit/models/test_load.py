@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import Gemma3Config, Phi3Config
 from fedzo.errors import ConfigError
 from fedzo.models import source
 from fedzo.models.adapters import inject
-from fedzo.models.config import DType, ModelConfig
+from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.digest import stored_entries, tokenizer_digest, weights_digest
 from fedzo.models.generate import generate
 from fedzo.models.load import check_length, load_model, resolve_device, wrap_model
@@ -76,6 +77,33 @@ def test_the_dtype_is_the_configs_and_the_digest_does_not_depend_on_it(folder: P
     assert loaded.tokenizer_digest == reference.tokenizer_digest
 
 
+def test_what_a_gpu_fails_at_is_not_told_as_the_models_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "CUDA error: no kernel image is available for execution on the device\nCompile with TORCH_USE_CUDA_DSA"
+
+    def forward(model: object, *, name: str) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("fedzo.models.load.check_causal", forward)
+
+    with pytest.raises(ConfigError, match=r"^device must be one that torch .* got 'cpu', .*: CUDA error: no ") as told:
+        load_model(ModelConfig(name=str(folder)), device="cpu")
+
+    assert "device=cpu" in str(told.value)
+    assert "\n" not in str(told.value)
+    assert "config.json" not in str(told.value)
+    assert str(told.value.__cause__) == said
+
+
+def test_a_fault_of_the_models_own_forward_stays_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: object, *, name: str) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (16x32 and 31x32)")
+
+    monkeypatch.setattr("fedzo.models.load.check_causal", forward)
+
+    with pytest.raises(ConfigError, match=r"runs on token ids alone, .*\(16x32 and 31x32\)\. .* its config\.json"):
+        load_model(ModelConfig(name=str(folder)), device="cpu")
+
+
 def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
     before = torch.random.get_rng_state()
 
@@ -90,14 +118,16 @@ def test_a_forward_of_a_loaded_model_keeps_no_cache(folder: Path) -> None:
     assert loaded.model(torch.ones(1, 4, dtype=torch.int64)).past_key_values is None
 
 
-def test_a_decoder_with_a_config_of_its_own_keeps_no_cache() -> None:
+def with_images() -> Any:
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 512, "max_position_embeddings": 512}
     images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     images |= {"image_size": 28, "patch_size": 14}
-    config = Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=1)
+    return tiny_model_from(Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=1))
 
-    loaded = wrap_model(tiny_model_from(config), byte_tokenizer())
+
+def test_a_decoder_with_a_config_of_its_own_keeps_no_cache() -> None:
+    loaded = wrap_model(with_images(), byte_tokenizer())
 
     assert loaded.model(torch.ones(1, 4, dtype=torch.int64)).past_key_values is None
 
@@ -334,11 +364,51 @@ def test_one_file_of_all_weights_comes_before_a_stale_index(folder: Path, copied
     assert torch.equal(loaded.model.get_input_embeddings().weight, tiny_model("llama").get_input_embeddings().weight)
 
 
-def test_a_model_that_is_no_language_model_is_refused_in_transformers_words(copied: Path) -> None:
+def split(file: Path, index: Path) -> None:
+    """A file's tensors in two, and the index of these."""
+    tensors = load_file(file)
+    shards = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for shard in set(shards.values()):
+        save_file({name: tensors[name] for name in tensors if shards[name] == shard}, file.parent / shard)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "consolidated.safetensors.index.json"])
+def test_weights_that_the_config_names_come_before_all_others(name: str, copied: Path, tmp_path: Path) -> None:
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    stored = tmp_path / "other" / "model.safetensors"
+    shutil.copy(stored, copied / "consolidated.safetensors")
+    if name.endswith(".json"):
+        split(copied / "consolidated.safetensors", copied / name)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+
+    loaded = load_model(ModelConfig(name=str(copied)), device="cpu")
+
+    assert loaded.base_digest == weights_digest(stored_entries([stored]))
+    embedded = loaded.model.get_input_embeddings().weight
+    assert torch.equal(embedded, tiny_model("llama", seed=1).get_input_embeddings().weight)
+    embedded.add_(1)
+    loaded.reload_weights()
+    assert torch.equal(embedded, tiny_model("llama", seed=1).get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", "model.bin"])
+def test_weights_that_the_config_names_in_vain_are_named(name: str, copied: Path) -> None:
+    (copied / "model.bin").write_bytes(b"a pickle")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+
+    with pytest.raises(ConfigError, match=rf"weights must be in safetensors \({name}\), which are not there"):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
+
+
+@pytest.mark.parametrize("kind", [Quantization.none, Quantization.int8])
+def test_a_model_that_is_no_language_model_is_refused_in_transformers_words(copied: Path, kind: Quantization) -> None:
     (copied / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
 
     with pytest.raises(ConfigError, match=r"must hold a causal language model .* It says: .*no-such-type"):
-        load_model(ModelConfig(name=str(copied)), device="cpu")
+        load_model(ModelConfig(name=str(copied), quantization=kind), device="cpu")
 
 
 def test_code_in_a_folder_is_not_run(copied: Path) -> None:
@@ -348,8 +418,12 @@ def test_code_in_a_folder_is_not_run(copied: Path) -> None:
     settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
     (copied / "config.json").write_text(json.dumps(settings))
 
-    with pytest.raises(ConfigError, match="must hold a causal language model"):
+    with pytest.raises(
+        ConfigError,
+        match=r"must hold a causal language model .* its files name such code \(auto_map\), and fedzo never",
+    ) as caught:
         load_model(ModelConfig(name=str(copied)), device="cpu")
+    assert "trust_remote_code" not in str(caught.value)  # a key that there is none of
     assert not flag.exists()
 
 
@@ -451,6 +525,14 @@ def test_a_gguf_file_that_is_not_there_is_named(folder: Path) -> None:
 def test_sequences_longer_than_the_models_positions_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"task\.max_length must be <= 512 .* got 513"):
         load_model(ModelConfig(name=str(folder)), device="cpu", max_length=513)
+
+
+def test_the_positions_of_a_decoder_with_a_config_of_its_own_are_a_limit() -> None:
+    model = with_images()
+
+    check_length(model, 512, name="mine")
+    with pytest.raises(ConfigError, match=r"task\.max_length must be <= 512 for 'mine', got 513"):
+        check_length(model, 513, name="mine")
 
 
 def test_auto_takes_a_device_that_is_there() -> None:
@@ -643,3 +725,6 @@ def test_texts_that_change_the_positions_of_those_beside_them_are_told_of(caplog
     [told] = caplog.messages
     assert told.startswith("mine: a text of more than 32 tokens changes the positions of the shorter ones in its batch")
     assert told.endswith("Write task.max_length=32 to have each text alone")
+    model.config = SimpleNamespace(get_text_config=lambda text=model.config: text)  # as of a model for images
+    check_length(model, 33, name="mine")
+    assert caplog.messages == [told, told]

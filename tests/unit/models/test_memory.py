@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import FalconH1Config, GraniteMoeHybridConfig, JambaConfig, NemotronHConfig, PreTrainedConfig
 
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.replica import Replica
+from fedzo.models.head import hidden_at
 from fedzo.models.memory import (
     ForwardSeconds,
     estimate_step_memory_bytes,
@@ -23,13 +28,21 @@ from fedzo.models.memory import (
     gradient_bytes,
     is_out_of_memory,
     num_weights,
+    scratch_bytes,
     server_optimizer_bytes,
     time_forwards,
     weights_bytes,
 )
 from fedzo.run import estimate
 from fedzo.sketch import tables_of
-from fedzo.testing.tiny_models import FAMILIES, WITHOUT_ATTENTION, tiny_loaded, tiny_model, tiny_sketch
+from fedzo.testing.tiny_models import (
+    FAMILIES,
+    WITHOUT_ATTENTION,
+    tiny_loaded,
+    tiny_model,
+    tiny_model_from,
+    tiny_sketch,
+)
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.directions import SHARED
@@ -49,6 +62,38 @@ from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
 
+_SHAPE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 512}
+_SHAPE |= {"num_key_value_heads": 2}
+_SCAN: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 64}
+_BOTH = ["linear_attention", "full_attention"]
+HYBRIDS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "falcon h1": lambda: FalconH1Config(**_SHAPE, **_SCAN, num_hidden_layers=2, mamba_d_ssm=64),
+    "granite": lambda: GraniteMoeHybridConfig(
+        **_SHAPE, **_SCAN, num_hidden_layers=2, layer_types=_BOTH, num_local_experts=0, num_experts_per_tok=1
+    ),
+    "nemotron h": lambda: NemotronHConfig(
+        **_SHAPE,
+        layers_block_type=_BOTH,
+        head_dim=8,
+        num_experts_per_tok=1,
+        n_groups=1,
+        ssm_state_size=16,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        chunk_size=64,
+    ),
+    "jamba": lambda: JambaConfig(
+        **_SHAPE,
+        num_hidden_layers=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        num_experts_per_tok=1,
+        mamba_d_state=16,
+    ),
+}
+"""With state space layers of 64 channels, in 4 heads and chunks of 64 tokens but for Jamba, beside attention."""
+
 
 @pytest.mark.parametrize(
     ("error", "whether"),
@@ -57,6 +102,9 @@ from fedzo.zo.spaces.masked import MaskedSpace
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(handle)`"), False),
+        (torch.OutOfMemoryError("cuModuleLoadData failed: CUDA_ERROR_OUT_OF_MEMORY"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
@@ -144,6 +192,17 @@ def test_a_sketch_counts_codes_tables_and_one_decoded_layer_by_hand() -> None:
     assert gradient_bytes(sketch, tables, trains_base_weights=TablesConfig().traits.trains_base_weights) == 32 * tables
 
 
+def test_the_backward_pass_of_a_sketch_on_a_gpu_decodes_beside_the_forward_pass() -> None:
+    """There it runs in a thread of its own. Its scratch holds a gradient in float32, or a decoded layer."""
+    sketch, largest = tiny_sketch(dtype=torch.bfloat16), 64 * 32
+    first = SimpleNamespace(device=torch.device("cuda", 0), element_size=lambda: 2)
+    there: Any = SimpleNamespace(named_modules=sketch.named_modules, parameters=lambda: iter([first]))
+
+    assert scratch_bytes(sketch) == scratch_bytes(there) == 2 * largest
+    assert scratch_bytes(sketch, backward=True) == 4 * largest
+    assert scratch_bytes(there, backward=True) == (2 + 4) * largest
+
+
 @pytest.mark.parametrize(
     ("config", "moments"),
     [
@@ -205,16 +264,62 @@ def test_every_family_has_an_estimate_that_grows_with_the_batch(family: str) -> 
     assert weights_bytes(model) < small < large
 
 
+def of_a_token(model: Any) -> int:
+    small, large = (estimate_step_memory_bytes(model, batch_tokens=n, trained_bytes=0) for n in (1, 2))
+    return large - small
+
+
 def test_the_states_of_a_scan_count_by_hand() -> None:
     mamba, mamba2 = tiny_model("mamba"), tiny_model("mamba2")
 
-    def of_a_token(model: Any) -> int:
-        small, large = (estimate_step_memory_bytes(model, batch_tokens=n, trained_bytes=0) for n in (1, 2))
-        return large - small
-
     # both: hidden 32, inner 64, state 8; Mamba 2: chunks of 32 tokens, 8 heads
     assert of_a_token(mamba) == 4 * (6 * 32 + 3 * 64) + 4 * (4 * 64 * 8)
-    assert of_a_token(mamba2) == 4 * (6 * 32 + 3 * 128) + 4 * (2 * 32 * 8 * 8)
+    assert of_a_token(mamba2) == 4 * (6 * 32 + 3 * 128) + 4 * (8 * 8 * (32 + 8))
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_the_states_of_a_hybrid_count_by_hand(family: str) -> None:
+    model = tiny_model_from(HYBRIDS[family]())
+
+    states = 4 * 64 * 16 if family == "jamba" else 8 * 4 * (64 + 16) * 2  # a text of 32 tokens is padded to 64
+    assert of_a_token(model) == 4 * (6 * 32 + 3 * 64) + 4 * states
+
+
+def test_a_family_of_hybrids_counts_no_states_where_all_layers_are_attention() -> None:
+    config: Any = HYBRIDS["granite"]()
+    config.layer_types = ["full_attention"] * 2
+
+    assert of_a_token(tiny_model_from(config)) == 4 * (6 * 32 + 3 * 64)
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes of the tensors that lived at one time and were made under it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.given = {StorageWeakRef(each.untyped_storage()) for each in (*model.parameters(), *model.buffers())}
+        self.alive: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        storages = [each.untyped_storage() for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+        self.alive |= {ref: each.nbytes() for each in storages if (ref := StorageWeakRef(each)) not in self.given}
+        self.alive = {ref: num_bytes for ref, num_bytes in self.alive.items() if not ref.expired()}
+        self.most = max(self.most, sum(self.alive.values()))
+        return made
+
+
+@pytest.mark.parametrize("family", [*HYBRIDS, "mamba2"])
+def test_a_forward_that_scans_takes_what_is_estimated_or_somewhat_less(family: str) -> None:
+    model = tiny_model_from(HYBRIDS[family]()) if family in HYBRIDS else tiny_model(family)
+    ids, rows = torch.arange(4 * 32).view(4, 32), torch.arange(4)
+
+    with torch.no_grad(), Peak(model) as peak:
+        hidden_at(model, ids, rows, 31 - rows)
+
+    step = estimate_step_memory_bytes(model, batch_tokens=ids.numel(), trained_bytes=0) - weights_bytes(model)
+    assert peak.most <= step <= 4 * peak.most
 
 
 def test_batches_are_halved_until_they_fit() -> None:

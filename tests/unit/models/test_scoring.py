@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import CohereConfig, GraniteConfig
+from transformers import CohereConfig, FalconH1Config, GraniteConfig
 
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
@@ -239,8 +239,11 @@ def test_a_model_whose_head_is_not_apart_gives_the_same_loss_through_its_own_log
                      num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0),
         GraniteConfig(logits_scaling=4.0, vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                       num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2),
+        FalconH1Config(lm_head_multiplier=0.25, vocab_size=300, hidden_size=32, intermediate_size=32,
+                       num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, initializer_range=0.1,
+                       mamba_d_ssm=64, mamba_n_heads=4, mamba_d_state=8, mamba_chunk_size=16),
     ],
-    ids=["cohere", "granite"],
+    ids=["cohere", "granite", "falcon h1"],
 )  # fmt: skip
 def test_families_that_scale_their_logits_equal_the_slow_twin(config: Any) -> None:
     loaded = wrap_model(tiny_model_from(config), byte_tokenizer())

@@ -111,12 +111,13 @@ def test_without_sequence_every_hessian_is_the_dense_models(tmp_path: Path) -> N
 def test_a_walk_gives_the_states_of_a_forward(family: str) -> None:
     model = without_cache(family)
     seen: list[torch.Tensor] = []
+    windows = [*WINDOWS, *(window.flip(0) for window in WINDOWS[:4])]  # 4, 4 and 2: one call serves two batches
     with torch.no_grad():
-        walk = start_walk(model, WINDOWS)
+        walk = start_walk(model, windows)
         hook = walk.blocks[-1].register_forward_hook(
             lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
         )
-        for window in WINDOWS:
+        for window in windows:
             model(window[None])
         hook.remove()
         for number in range(len(walk.blocks)):
@@ -233,6 +234,46 @@ class Between(nn.Module):
         return states
 
 
+class Adds(nn.Module):
+    """A block that adds what it makes of something else than the states, which may lie in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, states: torch.Tensor, other: Any, leaves: bool = False) -> torch.Tensor:
+        if leaves:
+            other["states"] = states
+        added: torch.Tensor = self.linear(other["states"] if isinstance(other, dict) else other)
+        return states + added
+
+
+class Hands(Between):
+    """A decoder that hands each block the embedded text, too, as Zamba does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Adds() for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.embed(input_ids)
+        embedded = states
+        for block in self.blocks:
+            states = block(states, embedded)
+        return states
+
+
+class Leaves(Hands):
+    """A decoder whose first block leaves its states for the second, in a dict, as Gemma 4 does with keys and values."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.embed(input_ids)
+        left: dict[str, torch.Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            states = block(states, left, leaves=number == 0)
+        return states
+
+
 @pytest.mark.parametrize(
     ("make", "groups", "skip", "expected"),
     [
@@ -251,6 +292,8 @@ class Between(nn.Module):
             "at least one linear layer must be left to sketch",
         ),
         (lambda: Between(), 1, [], "its blocks exchange more than hidden states"),
+        (lambda: Hands(), 1, [], "its blocks exchange more than hidden states"),
+        (lambda: Leaves(), 1, [], "its blocks exchange more than hidden states"),
     ],
 )
 def test_what_cannot_be_sketched_is_refused_before_anything_is_changed(

@@ -316,12 +316,12 @@ def test_a_prefix_of_a_forward_without_cache_keeps_no_layer_s_keys() -> None:
 def test_probes_vanish_in_virtual_tokens_which_the_model_rounds(config: TrainerConfig) -> None:
     """Half the spacing of bfloat16 is 2^-10 at 0.3."""
     loaded = tiny_loaded(dtype=torch.bfloat16)
-    parameters = build(loaded, config).space.parameters
+    space = build(loaded, config).space
 
-    names = too_coarse(loaded.model, parameters, 1e-4)
+    names = too_coarse(loaded.model, space, 1e-4)
 
     assert names == (["virtual tokens"] if config in VIRTUAL else [])
-    assert too_coarse(loaded.model, parameters, 1e-2) == []
+    assert too_coarse(loaded.model, space, 1e-2) == []
 
 
 def test_virtual_tokens_take_positions() -> None:

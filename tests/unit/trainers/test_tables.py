@@ -106,6 +106,21 @@ def test_a_calibration_window_begins_as_the_tokenizer_begins_a_text(
     assert [len(window) for window in windows] == [len(window) for window in plain]
 
 
+def test_a_calibration_window_is_no_longer_than_the_model_s_positions(tmp_path: Path) -> None:
+    place = Workplace(folder=tmp_path, seed=3, texts=lambda: ["many words " * 60] * 3)
+
+    def windows(num_tokens: int) -> list[torch.Tensor]:
+        return calibration_windows(
+            TablesConfig(**SMALL | {"calibration_tokens": num_tokens}), tiny_loaded("gpt2"), place
+        )
+
+    assert [len(window) for window in windows(512)] == [512] * 3
+    with pytest.raises(
+        ConfigError, match=r"trainer\.calibration_tokens must be <= 512, the positions of 'tiny-gpt2', got 513\. Lower"
+    ):
+        windows(513)
+
+
 def test_a_resumed_run_goes_on_with_the_gradient_that_was_kept(place: Callable[..., Workplace], tmp_path: Path) -> None:
     loaded, trainer = tiny_loaded(sketched=True), TRAINERS.build(TablesConfig(**SMALL))
     first = trainer.prepare(loaded, place()).gradient
