@@ -6,6 +6,7 @@ GPU, with what CUDA graphs keep, and the kernel's count of resident pages on Lin
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -103,6 +104,12 @@ def measure_peak_bytes(work: Callable[[], object], device: torch.device) -> int 
     work()
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
+
+
+def free_memory() -> None:
+    """Give back what nobody needs any more: a model may be in reference cycles, and torch keeps a GPU's memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _graphs_bytes(device: torch.device) -> int:

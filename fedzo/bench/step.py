@@ -171,6 +171,12 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     if shape is not None and config.model.compile:
         loaded = compile_loaded(loaded, longest=config.task.max_length)
     check_format(config, loaded)
+    if loaded.packed_as is not None:
+        raise ConfigError(
+            f"fedzo bench step: model.name must be a model of dense weights or a sketch, got {loaded.source!r}, whose "
+            f"weights are stored packed (quant_method={loaded.packed_as}): the steps that fedzo is compared with train "
+            "all weights. Name the model that it was packed from."
+        )
     trainer = TRAINERS.build(config.trainer if config.inputs.artifact else config.trainer.for_timing())
     with tempfile.TemporaryDirectory() as folder:
         workplace = Workplace(folder=Path(folder), seed=0, texts=list, inputs=config.inputs)
@@ -198,19 +204,17 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     )
 
 
-def bench_step(
-    bench: Bench, *, repeats: int, on_repeat: OnProgress, peaks: Callable[[str], int | None]
-) -> dict[str, Any]:
+def bench_step(bench: Bench, *, repeats: int, on_repeat: OnProgress) -> dict[str, Any]:
     """Time all contestants in turn, ``repeats`` times over, after rounds of warming up.
 
     Args:
         bench: What to step on.
         repeats: Timed rounds.
         on_repeat: Progress: (done, total).
-        peaks: Peak bytes of a contestant, by name, where they can be measured.
 
     Returns:
-        Plain JSON values: what was measured, the figures of each contestant, the environment.
+        Plain JSON values: what was measured, the figures of each contestant, the environment. No memory is measured
+        here, where a model and all contestants are: ``peak_bytes`` of each figure is None.
     """
     contestants = bench.contestants()
     timed = {name: partial(_finish, work, bench.loaded.device) for name, work in contestants.items()}
@@ -232,7 +236,7 @@ def bench_step(
         "repeats": repeats,
         "first_layer": len(bench.lower.blocks) if bench.lower else 0,
         "forwards_per_step": bench.estimator.forwards_per_step(bench.num_probes),
-        "figures": [_figure(name, spent, seconds[BARE], peaks(name)) for name, spent in seconds.items()],
+        "figures": [_figure(name, spent, seconds[BARE]) for name, spent in seconds.items()],
         "environment": environment(bench.loaded.device),
     }
 
@@ -261,7 +265,7 @@ def peak_bytes(config: LaunchConfig, name: str, *, shape: str | None, rows: int,
     return peak if peak is None or bench.loaded.device.type != "cpu" else peak - before
 
 
-def _figure(name: str, spent: list[float], bare: list[float], peak: int | None) -> dict[str, Any]:
+def _figure(name: str, spent: list[float], bare: list[float]) -> dict[str, Any]:
     """One contestant's figures; the ratio is to the bare forwards of the same repeat."""
     ratios = [own / other for own, other in zip(spent, bare, strict=True)]
     return {
@@ -270,7 +274,7 @@ def _figure(name: str, spent: list[float], bare: list[float], peak: int | None) 
         "quartiles_s": _quartiles(spent),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": _quartiles(ratios),
-        "peak_bytes": peak,
+        "peak_bytes": None,
     }
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedzo.bench.measure import free_memory
 from fedzo.bench.step import bench_step, open_bench, peak_bytes
 from fedzo.cli.arguments import load_config
 from fedzo.errors import ConfigError
@@ -37,18 +38,16 @@ def step(arguments: Namespace) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         timing = progress.add_task("repeats", total=arguments.repeats)
-        weighing = progress.add_task("peak memory", total=len(bench.contestants()))
-
-        def peaks(name: str) -> int | None:
-            progress.advance(weighing)
-            return None if arguments.no_memory else _peak_in_child(name)
-
         result = bench_step(
             bench,
             repeats=arguments.repeats,
             on_repeat=lambda done, total: progress.update(timing, completed=done),
-            peaks=peaks,
         )
+        if not arguments.no_memory:
+            del bench
+            free_memory()  # beside this model, a child's may not fit
+            for figure in progress.track(result["figures"], description="peak memory"):
+                figure["peak_bytes"] = _peak_in_child(figure["name"])
     result["command"] = "fedzo " + " ".join(sys.argv[1:])
     Console(width=max(100, Console().width)).print(_table(result))  # a pipe has 80 columns, the table a few more
     if arguments.out is not None:

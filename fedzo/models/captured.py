@@ -11,16 +11,16 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch._C import DisableTorchFunctionSubclass
-from transformers import masking_utils
 
+from fedzo.models.attention import whole_texts
 from fedzo.models.checks import mismatch
 from fedzo.models.kept_rows import Output
 from fedzo.models.loaded import LoadedModel
@@ -31,7 +31,6 @@ from fedzo.zo.perturb import PerturbedWeights, probe_of
 
 log = logging.getLogger(__name__)
 
-_LOOK = masking_utils.find_packed_sequence_indices
 _MOST_GRAPHS = 64
 _NUM_COMPARED = 3  # runs of a graph, which count as eager ones: with the forward before it, they are two whole probes
 NUM_EAGER = 1 + _NUM_COMPARED
@@ -184,6 +183,7 @@ class Captures:
             addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
             self._graphs.clear()
+            self._seen.clear()  # a shape begins anew: else its first forwards would not be whole probes
             self._addresses = addresses
         probe = probe_of(self._tensors)
         shapes = tuple((each.shape, each.dtype) for each in inputs)
@@ -197,7 +197,8 @@ class Captures:
                 with probe.afresh(_LARGE):
                     _compare(captured.run(inputs, probe), work(*inputs))
             if len(self._graphs) > _MOST_GRAPHS:
-                self._graphs.popitem(last=False)
+                oldest, _ = self._graphs.popitem(last=False)
+                self._seen.discard(oldest)
         captured = self._graphs[key]
         self._graphs.move_to_end(key)
         output = captured.run(inputs, probe)
@@ -214,7 +215,7 @@ class Captures:
         graph, run = self._new_graph(), partial(work, *held)
         if probe is None:
             run()  # compiles kernels and makes tables, which cannot be recorded
-            with _whole_texts():
+            with whole_texts():
                 output = graph.capture(run)
         elif probe.kernels is None:
             raise NotImplementedError("perturbed weights are not made by kernels that can be recorded")
@@ -223,7 +224,7 @@ class Captures:
             with probe.kernels.reading_later():
                 with probe.afresh():
                     run()
-                with probe.afresh(), _whole_texts():  # afresh: or what the run before has made would be in the graph
+                with probe.afresh(), whole_texts():  # afresh: or what the run before has made would be in the graph
                     output = graph.capture(run)
         return _Captured(graph, held, output, kept=(probe and probe.groups, scratch_in_use()))
 
@@ -322,19 +323,6 @@ def capture(
         return form._replace(states=states.clone())
 
     return loaded, replace(lower, evaluate=evaluate)
-
-
-@contextmanager
-def _whole_texts() -> Iterator[None]:
-    """Tell transformers that each row is one text, which it cannot look at positions for while kernels are recorded.
-
-    Otherwise it would give attention an explicit mask, and with it other kernels than those of the eager forward.
-    """
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = _LOOK
 
 
 def _compare(ours: torch.Tensor, own: torch.Tensor) -> None:

@@ -115,9 +115,10 @@ class ClientContext:
         return Preparations(config, process.source, context, to_the_end=process.to_the_end)
 
     def stop(self) -> None:
-        """Let stages that work on clients' rows end."""
+        """Let stages that work on clients' rows end, and let go of the worker, which holds this in its turn."""
         if "preparations" in vars(self):
             self.preparations.stop()
+        vars(self).pop("worker", None)
 
     def register(self, client: int, *, begun: bool) -> str | Progress:
         """The digest of a client's rows, those that its stages made among them, or how far these are."""

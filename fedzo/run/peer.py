@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ from fedzo.evaluate import EVALUATORS, Evaluator
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.messages import Identity
 from fedzo.fl.replica import Replica
+from fedzo.models.attention import repeat_keys
 from fedzo.models.available import available_memory_bytes
 from fedzo.models.captured import can_capture, capture
 from fedzo.models.checks import check_ids
@@ -50,6 +52,7 @@ from fedzo.zo.server_optimizer import build_server_optimizer
 from fedzo.zo.spaces.base import DifferentiableSpace, Space
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 TrialRows = Callable[[], list[Row]]
 """Some training rows of this machine, on which ``model.dtype=auto`` measures."""
 _MEMORY_SHARE = 0.9  # of what is free, for a second model: allocators keep some
@@ -156,7 +159,7 @@ class Peer:
         if isinstance(estimator, ZerothOrderConfig):
             if self.undecided and trial is not None:
                 built, self.undecided = self._choose_dtype(built, artifact, trial, estimator), False
-            if warning := coarseness_warning(self.loaded.model, built.space.parameters, estimator.float32_eps):
+            if warning := coarseness_warning(self.loaded.model, built.space, estimator.float32_eps):
                 log.warning(warning)
         elif not isinstance(built.space, DifferentiableSpace):
             trainer, name = plugin_name("trainer", config.trainer), plugin_name("estimator", estimator)
@@ -213,29 +216,36 @@ class Peer:
     def _choose_dtype(self, wide: Built, artifact: Artifact, rows: list[Row], settings: ZerothOrderConfig) -> Built:
         """Take bfloat16, or rounded products, in the place of float32 if they measure its scalars in less time.
 
-        The trained values start from float32's in all of them, so peers agree however each of them decides.
+        The trained values start from float32's in all of them, so peers agree however each of them decides. What cannot
+        be tried, for want of memory or of a kernel, is not chosen.
         """
-        second, rounded = self._in_bfloat16(artifact, wide.space), rounded_products(self.loaded.device)
+        second = _tried(DType.bfloat16, lambda: self._in_bfloat16(artifact, wide.space))
+        rounded = rounded_products(self.loaded.device)
         if second is None and rounded is None:
             return wide
         task, estimator, examples = self.config.task, build_estimator(settings), self.encode(rows)
         keys = [stream_key(self.config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
         planning = Planning(self.site.model.tokens_per_batch)
 
-        def trial(loaded: LoadedModel, built: Built) -> Trial:
+        def trial(name: str, loaded: LoadedModel, built: Built) -> Trial | None:
             def loss_fn() -> float:
                 losses = example_losses(loaded, examples, planning, loss=task.loss, common_shift=task.common_shift)
                 return float(losses.mean())
 
-            return try_out(built.space, estimator, loss_fn, keys)
+            return _tried(name, lambda: try_out(built.space, estimator, loss_fn, keys))
 
-        float32 = trial(self.loaded, wide)
+        if (float32 := trial(DType.float32, self.loaded, wide)) is None:
+            return wide
         others: dict[str, Trial] = {}
-        if second is not None:
-            others[str(DType.bfloat16)] = trial(*second)
+        if second is not None and (found := trial(DType.bfloat16, *second)):
+            others[DType.bfloat16] = found
         if rounded:
             with use_products(rounded):
-                others[rounded.name] = trial(self.loaded, wide)
+                found = trial(rounded.name, self.loaded, wide)
+            if found:
+                others[rounded.name] = found
+        if not others:
+            return wide
         choice = choose_dtype(float32, others)
         log.warning("%s", choice)  # no less, or the command line would not show it
         if second is not None and choice.name == DType.bfloat16:
@@ -266,6 +276,15 @@ class Peer:
         return loaded, replace(narrow, reset=lambda: narrow.space.load(base))
 
 
+def _tried(name: str, work: Callable[[], T]) -> T | None:
+    """What ``work`` gives; None, and a warning, where it fails."""
+    try:
+        return work()
+    except (ConfigError, RuntimeError, MemoryError) as error:
+        log.warning("model.dtype=auto: %s cannot be tried: %s", name, " ".join(str(error).split())[:400])
+        return None
+
+
 def reused_layers(
     loaded: LoadedModel, space: Space, site: ModelConfig, estimator: EstimatorConfig
 ) -> LowerLayers | None:
@@ -290,9 +309,10 @@ def check_format(config: RunSettings, loaded: LoadedModel) -> None:
     """Refuse a model in whose format the run's trainer has nothing to train, or would train something else.
 
     Raises:
-        ConfigError: A sketch where dense weights are trained, or the other way round.
+        ConfigError: A sketch or packed weights where dense ones are trained, or dense ones where tables are.
     """
-    problems = format_problems(config, is_sketch=loaded.is_sketch, name=loaded.source)
+    packed_as, name = loaded.packed_as, loaded.source
+    problems = format_problems(config, is_sketch=loaded.is_sketch, packed_as=packed_as, name=name)
     if texts := [problem.text for problem in problems]:
         raise ConfigError("; ".join(texts))
 
@@ -304,6 +324,9 @@ def open_model(site: SiteConfig, max_length: int) -> LoadedModel:
 
 
 def set_up_process(threads: int, device: str) -> None:
-    """What the speed and the last bits of a forward depend on: threads (0: as many as fit), and who multiplies."""
+    """What the speed and the last bits of a forward depend on: threads (0: as many as fit), and whose kernels run."""
     use_threads(threads)
-    choose_product(resolve_device(device))
+    where = resolve_device(device)
+    choose_product(where)
+    if where.type == "cuda":
+        repeat_keys()

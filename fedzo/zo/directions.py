@@ -176,6 +176,8 @@ def _checked_kernels(device: torch.device) -> CudaDirections | None:
             if not torch.equal(out, base + direction_at(key, coordinates, distribution=law) * scale):
                 raise RuntimeError(f"its {law} directions are not the specified ones")
     except Exception as error:  # whatever a compiler or driver raises: the integer path is slower, not wrong
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            raise  # it says nothing of the kernels, and is not remembered: who asks again may find room
         log.warning(
             "the CUDA kernels for directions cannot be used on %s, so directions take many times longer: %s%s",
             device,

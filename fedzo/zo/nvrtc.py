@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 from cuda.bindings import driver, nvrtc
 
+_OUT_OF_MEMORY = "ERROR_OUT_OF_MEMORY"
+"""The end of its name in the driver and in NVRTC."""
+
 
 class Macros(Protocol):
     """A named tuple of integers."""
@@ -94,8 +97,17 @@ def shared_memory_of_a_block(device: torch.device) -> int:
 
 
 def _call(function: Any, *arguments: Any) -> Any:
-    """What a function of the bindings returns beside its status, which is checked."""
+    """What a function of the bindings returns beside its status, which is checked.
+
+    Raises:
+        OutOfMemoryError: There is no memory for it, though torch gave back what it does not use.
+        RuntimeError: It failed otherwise.
+    """
     status, *values = function(*arguments)
+    if int(status) != 0 and status.name.endswith(_OUT_OF_MEMORY):  # the driver takes memory beside torch's allocator
+        torch.cuda.empty_cache()
+        status, *values = function(*arguments)
     if int(status) != 0:
-        raise RuntimeError(f"{function.__name__} failed: {status.name}")
+        kind = torch.OutOfMemoryError if status.name.endswith(_OUT_OF_MEMORY) else RuntimeError
+        raise kind(f"{function.__name__} failed: {status.name}")
     return values[0] if values else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import torch
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
+from fedzo.errors import ConfigError
 from fedzo.evaluate import answers
 from fedzo.fl.client import scalar_update
 from fedzo.fl.messages import TrainRequest
 from fedzo.models import fidelity
+from fedzo.models.config import DType, ModelConfig
 from fedzo.models.products import RoundedProducts
 from fedzo.run import peer
 from fedzo.run.client_context import ClientContext
@@ -25,6 +29,7 @@ from fedzo.run.peer import Peer
 from fedzo.run.start import open_run
 from fedzo.trainers import Workplace
 from fedzo.zo.log import EMPTY_CHAIN
+from fedzo.zo.spaces.base import Space
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -178,6 +183,84 @@ def test_a_second_model_that_has_no_room_beside_float32s_is_not_tried(
     names = [line.removeprefix("model.dtype=auto: ").partition(" is chosen")[0] for line in chosen]
     assert names == ([rounded.name] if rounded else [])
     assert dtypes == [torch.float32]
+
+
+@pytest.mark.parametrize("where", ["its load", "bfloat16", "float32"])
+def test_what_fails_when_it_is_tried_is_not_chosen_and_float32_runs(
+    where: str, run: Run, dtypes: list[torch.dtype], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card where a second model finds room, but no forward beside it."""
+    load_model, try_out = peer.load_model, peer.try_out
+
+    def loads(config: ModelConfig, **how: Any) -> Any:
+        if where == "its load" and config.dtype is DType.bfloat16:
+            raise ConfigError("the memory of cuda must hold the weights,\nbut does not")
+        return load_model(config, **how)
+
+    def tries(space: Space, *how: Any) -> Any:
+        if f"torch.{where}" == str(space.parameters[0].dtype):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+        return try_out(space, *how)
+
+    monkeypatch.setattr(peer, "load_model", loads)
+    monkeypatch.setattr(peer, "try_out", tries)
+    auto = run("model.dtype=auto", "fl.rounds=1")
+    (line,) = said(caplog)
+    plain = run("model.dtype=float32", "fl.rounds=1")
+
+    name = "float32" if where == "float32" else "bfloat16"
+    assert line.startswith(f"model.dtype=auto: {name} cannot be tried: ")
+    assert "memory" in line
+    assert "\n" not in line
+    assert dtypes == [torch.float32, torch.float32]
+    assert (auto / "public.jsonl").read_bytes() == (plain / "public.jsonl").read_bytes()
+
+
+def test_where_bfloat16_fails_rounded_products_are_tried(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try_out, offered = peer.try_out, RoundedProducts("float32 with TF32 products", "high")
+
+    def tries(space: Space, *how: Any) -> Any:
+        if space.parameters[0].dtype is torch.bfloat16:
+            raise RuntimeError("\"addmm_impl\" not implemented for 'BFloat16'")
+        return try_out(space, *how)
+
+    monkeypatch.setattr(peer, "try_out", tries)
+    monkeypatch.setattr(peer, "rounded_products", lambda device: offered)
+    monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+
+    run("model.dtype=auto", "fl.rounds=1")
+
+    failed, chosen = said(caplog)
+    assert 'bfloat16 cannot be tried: "addmm_impl" not implemented' in failed
+    assert "float32 with TF32 products is chosen" in chosen
+
+
+def test_the_model_that_was_not_chosen_is_gone_before_memory_is_measured(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_model, fitting, second, alive = peer.load_model, peer.fitting_tokens_per_batch, [], []
+
+    def loads(config: ModelConfig, **how: Any) -> Any:
+        loaded = load_model(config, **how)
+        if config.dtype is DType.bfloat16:
+            second.append(weakref.ref(loaded.model))
+        return loaded
+
+    def fits(*given: Any, **how: Any) -> int:
+        alive.extend(each() is not None for each in second)
+        return fitting(*given, **how)
+
+    monkeypatch.setattr(peer, "load_model", loads)
+    monkeypatch.setattr(peer, "fitting_tokens_per_batch", fits)
+    gc.disable()
+    try:
+        run("model.dtype=auto", "fl.rounds=1")
+    finally:
+        gc.enable()
+
+    assert alive == [False]
 
 
 def test_all_weights_of_a_16_bit_model_are_warned_of_where_probes_vanish(

@@ -247,11 +247,11 @@ def test_where_nobody_could_ask_again_a_greeting_waits_to_the_end(start: Callabl
 def test_a_run_that_is_let_go_stops_its_stages(start: Callable[[], Process], stage: Gated) -> None:
     process = start()
     greet(process)
+    (job,) = process.client.preparations._jobs.values()
 
     process.stop()
     stage.let.release()
 
-    (job,) = process.client.preparations._jobs.values()
     with pytest.raises(preparation.StoppedError):
         job.result(20)
 
@@ -294,6 +294,18 @@ def test_a_site_writes_into_its_log_once_that_it_takes_part_and_why_it_does_not(
         "registered as client 0",
         "not registered as client 0: no reply since round 7",
     ]
+
+
+def test_a_site_goes_on_with_its_log_where_the_file_is_renamed(site_log: Path) -> None:
+    """As by logrotate, if nothing else is asked of it."""
+    log = logging.getLogger("fedzo.somewhere")
+    log.error("before")
+
+    site_log.rename(site_log.with_name("site.log.1"))
+    log.error("after")
+
+    assert site_log.read_text() == "after\n"
+    assert site_log.with_name("site.log.1").read_text() == "before\n"
 
 
 def test_a_site_that_lacks_what_a_stage_needs_refuses_before_it_loads_its_model(

@@ -18,6 +18,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from safetensors.torch import load_file, save_file
 
+import fedzo.models.adapters  # noqa: F401  (its libraries log an error when imported, whose frames caplog would keep)
 from fedzo.commands.train import resume_run, start_run
 from fedzo.commands.trained import evaluate_run, export_run, replay_run
 from fedzo.config.load import load
@@ -25,7 +26,7 @@ from fedzo.config.schema import LaunchConfig, SiteConfig
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.log_store import RunLog
-from fedzo.fl.messages import EvaluateReply, Hello, HelloReply, Refusal, TrainReply, decode, encode
+from fedzo.fl.messages import EvaluateReply, Hello, HelloReply, Refusal, TrainReply, TrainRequest, decode, encode
 from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.site_limits import SiteError
 from fedzo.models.config import ModelConfig
@@ -33,13 +34,14 @@ from fedzo.models.digest import parameters_digest
 from fedzo.models.load import _read, load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.run import apps, site_model
-from fedzo.run.peer import open_model
+from fedzo.run.peer import Peer, open_model
 from fedzo.run.process import Process, forget_process, keep_process, leave_other, read_anew, this_process
 from fedzo.run.site_model import SiteModel
 from fedzo.run.start import open_run, write_whole
 from fedzo.system import SITE_ARTIFACTS_ENV
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
+from fedzo.zo.log import EMPTY_CHAIN
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -416,6 +418,55 @@ def test_where_memory_is_short_a_model_that_was_let_go_is_gone_before_the_next_i
     assert alive == [0, 0]
 
 
+@pytest.mark.parametrize("trainer", ["meerkat", "mezo", "lora"])
+def test_what_a_run_took_beside_the_model_is_gone_when_the_next_one_begins(
+    trainer: str,
+    run: Run,
+    opened: Callable[[Path, str], Process],
+    tiny_model_dir: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A warm site keeps its model. It measures what is free, and Python seeks cycles now and then only."""
+    folders = [run("fl.rounds=1", f"trainer={trainer}", f"seed={seed}") for seed in (1, 2)]
+    site = f"device: cpu\nthreads: 1\nmodel: {{name: {tiny_model_dir}}}\ndata: {{path: {data_dir}}}\n"
+    monkeypatch.setenv(SITE_ARTIFACTS_ENV, str(folders[0] / ARTIFACTS))
+    gc.disable()
+    try:
+        process = opened(folders[0], site)
+        worker, artifact = process.client.worker, process.peer.config.artifact
+        asked = TrainRequest(
+            client=0, config_hash=worker.identity.config_hash, space_id=artifact, chain=EMPTY_CHAIN.hex(), steps=1
+        )
+        worker.train(asked)
+        assert process.peer.built is not None
+        space, model = weakref.ref(process.peer.built.space), process.peer.loaded.model
+        del process, worker
+
+        assert opened(folders[1], site).peer.loaded.model is model
+        assert space() is None
+    finally:
+        gc.enable()
+
+
+def test_what_a_run_took_is_gone_when_it_is_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the jobs of a sweep."""
+    make, spaces = Peer.workspace, []
+
+    def made(self: Peer, *given: Any, **how: Any) -> Any:
+        workspace = make(self, *given, **how)
+        spaces.append(weakref.ref(workspace.replica.space))
+        return workspace
+
+    monkeypatch.setattr(Peer, "workspace", made)
+    gc.disable()
+    try:
+        run("fl.rounds=1")
+        assert {space() for space in spaces} == {None}
+    finally:
+        gc.enable()
+
+
 def test_a_site_loads_its_model_anew_where_a_file_beside_the_weights_has_changed(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
     site, model = SiteConfig(model=ModelConfig(name=str(folder)), device="cpu", threads=1), SiteModel()
@@ -427,3 +478,25 @@ def test_a_site_loads_its_model_anew_where_a_file_beside_the_weights_has_changed
 
     assert second.model is not first.model
     assert second.tokenizer_digest != first.tokenizer_digest
+
+
+def test_a_site_whose_gpu_is_busy_when_it_starts_tells_the_run_that_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever keeps its process would start it again and again, and the server would not hear why it says nothing."""
+    busy = "CUDA error: all CUDA-capable devices are busy or unavailable"
+
+    def refused(site: SiteConfig, max_length: int) -> LoadedModel:
+        raise RuntimeError(busy)
+
+    folder = save_tiny_model(tmp_path / "model")
+    site, model = SiteConfig(model=ModelConfig(name=str(folder)), device="cpu", threads=1), SiteModel()
+    with monkeypatch.context() as patch:
+        patch.setattr(site_model, "open_model", refused)
+
+        model.load_ahead(site)
+
+        assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("ERROR", busy)]
+        with pytest.raises(RuntimeError, match=busy):
+            model.open(site, 16)
+    assert model.open(site, 16).base_digest  # it is free again

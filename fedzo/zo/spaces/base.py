@@ -170,8 +170,8 @@ class MasterSpace:
 
     @contextmanager
     def probe(self, scale: float, key: int) -> Iterator[None]:
-        self._write_moved(scale, key)
         try:
+            self._write_moved(scale, key)  # within, since it may fail half-way, for want of memory
             yield
         finally:
             self._write(self._master)

@@ -68,7 +68,7 @@ def test_every_contestant_is_timed_and_leaves_the_model_as_it_was(folder: Path, 
         work()
         spent[name] = counter.num_forwards - start
 
-    result = bench_step(bench, repeats=2, on_repeat=lambda done, total: None, peaks=lambda name: None)
+    result = bench_step(bench, repeats=2, on_repeat=lambda done, total: None)
 
     assert spent == {BARE: 2, OURS: 2, WALK: 2, FIRST_ORDER: 0}
     assert [figure["name"] for figure in result["figures"]] == [BARE, OURS, WALK, FIRST_ORDER]
@@ -248,7 +248,6 @@ def test_forwards_through_graphs_are_timed_and_weighed_when_their_graphs_run_alo
         bench,
         repeats=2,
         on_repeat=lambda number, total: done.update({number: len(compared)}),
-        peaks=lambda name: None,
     )
     assert done[0] == done[2] > 0
     for name in (BARE, OURS):
@@ -301,6 +300,33 @@ def test_the_command_prints_a_table_and_writes_json(
 
     assert "MeZO walk" in capsys.readouterr().out
     assert json.loads(out.read_text())["repeats"] == 1
+
+
+def test_a_model_that_is_weighed_is_the_only_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the child's may not fit beside the one that was timed."""
+    out, models, alive, emptied = tmp_path / "bench.json", [], [], []
+
+    def opened(*args: Any, **options: Any) -> Bench:
+        bench = open_bench(*args, **options)
+        models.append(weakref.ref(bench.loaded.model))
+        return bench
+
+    def peak(name: str) -> int:
+        alive.append(models[0]() is not None)
+        assert emptied == [False], "torch keeps the memory of a GPU"
+        return len(name)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(models[0]() is not None))
+    monkeypatch.setattr("fedzo.cli.bench.open_bench", opened)
+    monkeypatch.setattr("fedzo.cli.bench._peak_in_child", peak)
+    argv = ["bench", "step", f"model={folder}", "device=cpu", "--rows", "2", "--tokens", "4", "--repeats", "1"]
+
+    assert main([*argv, "--out", str(out)]) == 0
+
+    names = [BARE, OURS, WALK, FIRST_ORDER]
+    figures = [(figure["name"], figure["peak_bytes"]) for figure in json.loads(out.read_text())["figures"]]
+    assert figures == [(name, len(name)) for name in names]
+    assert alive == [False] * len(names)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,28 @@ def test_kernels_are_used_only_if_they_make_the_right_numbers(
     assert (found is None) == (fault is not None)
     assert len(caplog.records) == (fault is not None)
     assert (message or "").format(bits) in caplog.text
+
+
+def test_a_moment_without_memory_is_no_fault_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("Triton Error [CUDA]: out of memory")]
+
+    def made(processors: int) -> SlowTwin:
+        if errors:
+            raise errors.pop()
+        return SlowTwin(None)
+
+    module: Any = type(sys)("triton_kernels")
+    module.Kernels = made
+    monkeypatch.setitem(sys.modules, "fedzo.sketch.triton_kernels", module)
+    checked = cache(_checked_kernels.__wrapped__)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            checked(CPU, torch.float32, 4)
+
+    assert isinstance(checked(CPU, torch.float32, 4), SlowTwin)
+    assert not caplog.records
 
 
 def test_without_triton_there_are_no_kernels_and_one_line_says_so(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,30 @@ def test_kernels_are_used_only_if_they_make_the_specified_bits(
 
     assert found is (None if fault else kernels)
     assert len(caplog.records) == (fault is not None)
+
+
+def test_a_moment_without_memory_is_no_fault_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Kernels:
+        def add(self, base: torch.Tensor, key: int, *, out: torch.Tensor, **settings: Any) -> None:
+            add_direction(base, key, out=out, **settings)
+
+    kernels, errors = Kernels(), [torch.OutOfMemoryError("CUDA_ERROR_OUT_OF_MEMORY"), RuntimeError("out of memory")]
+
+    def made(device: torch.device, table: object) -> Kernels:
+        if errors:
+            raise errors.pop()
+        return kernels
+
+    monkeypatch.setattr("fedzo.zo.directions.cuda_directions", made)
+    checked = cache(_checked_kernels.__wrapped__)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"OUT_OF_MEMORY|out of memory"):
+            checked(CPU)
+
+    assert checked(CPU) is kernels
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from threading import get_ident
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +18,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from fedzo.models.memory import is_out_of_memory
+
 CONTEXT = 77
+
+
+class Status(IntEnum):
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    NVRTC_ERROR_OUT_OF_MEMORY = 1
 
 
 class Variant(NamedTuple):
@@ -121,3 +130,39 @@ def test_a_kernel_starts_in_the_devices_context_in_every_thread(bindings: Bindin
 
     assert bindings.launched == [5, CONTEXT, CONTEXT]
     assert len(bindings.options) == 1
+
+
+@pytest.fixture
+def emptied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry each time that torch gives back what it keeps."""
+    times: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: times.append(1))
+    return times
+
+
+@pytest.mark.parametrize("name", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"])
+def test_where_the_driver_lacks_memory_torch_gives_back_what_it_keeps(
+    name: str, bindings: Bindings, emptied: list[int]
+) -> None:
+    own = getattr(bindings.driver, name)
+
+    def short(*given: Any) -> Any:
+        return own(*given) if emptied else (Status.CUDA_ERROR_OUT_OF_MEMORY, None)
+
+    setattr(bindings.driver, name, short)
+
+    start(launch_of())
+
+    assert (len(emptied), len(bindings.launched)) == (1, 1)
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_what_fails_for_want_of_memory_says_so(status: Status, bindings: Bindings, emptied: list[int]) -> None:
+    bindings.driver.cuModuleLoadData = lambda binary: (status, None)
+
+    with pytest.raises(RuntimeError, match=f"failed: {status.name}") as told:
+        start(launch_of())
+
+    is_short = status != Status.CUDA_ERROR_NO_BINARY_FOR_GPU
+    assert is_out_of_memory(told.value) is is_short
+    assert len(emptied) == is_short

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fedzo.errors import ConfigError
 from fedzo.testing.tiny_models import FAMILIES, tiny_model
 from fedzo.zo.directions import direction
+from fedzo.zo.spaces import masked
 from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
@@ -151,6 +152,24 @@ def make_space(request: pytest.FixtureRequest) -> Iterator[Callable[[nn.Module],
         yield FullSpace
     else:
         yield lambda model: MaskedSpace(model, some_indices(model))
+
+
+def test_a_masked_probe_that_fails_half_way_leaves_the_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may be short while values are written; who asks again must find the model that it was."""
+    model, own, written = tiny_model("llama"), masked._put, []
+    space, before = MaskedSpace(model, some_indices(model)), bits(model)
+
+    def put(*given: torch.Tensor) -> None:
+        written.append(1)
+        if len(written) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        own(*given)
+
+    monkeypatch.setattr(masked, "_put", put)
+    with pytest.raises(torch.OutOfMemoryError), space.probe(SIXTEENTH, key=3):
+        pytest.fail("the probe has begun")
+
+    assert_same_bits(model, before)
 
 
 def test_small_steps_do_not_vanish_in_a_masked_bfloat16_model() -> None:
