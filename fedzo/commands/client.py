@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedzo.commands.server import IMAGE, fill, template
-from fedzo.errors import ConfigError, printable
+from fedzo.errors import ConfigError, printable, shell
 from fedzo.records.folder import folder_of_one_process, replace_file
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
 from fedzo.runtime.net.credentials import keep_private, plain_pem
@@ -46,7 +46,7 @@ def init(path: Path, *, server: str | None, invitation: Path | None, authority: 
     if not folder.file(AUTHORITY).exists():
         yield f"still needed: the server's ca.crt, as {folder.file(AUTHORITY)}"
     yield fill(folder.path, SERVICES)
-    yield f"next: edit {folder.file(SITE)} (rows, model, limits), and fedzo client up {path}"
+    yield f"next: edit {folder.file(SITE)} (rows, model, limits), and {shell('fedzo client up', path)}"
 
 
 def _read_authority(given: Path, kept: Path) -> bytes:

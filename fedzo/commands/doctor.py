@@ -18,7 +18,7 @@ import torch
 from fedzo.config.schema import SiteFile
 from fedzo.config.travel import load_site
 from fedzo.data.sources import read_own
-from fedzo.errors import ConfigError, FedzoError, printable
+from fedzo.errors import ConfigError, FedzoError, printable, shell
 from fedzo.models.available import available_memory_bytes, held_bytes, mapped_bytes, ways_to_fit
 from fedzo.models.load import load_model, resolve_device
 from fedzo.models.memory import weights_bytes
@@ -64,7 +64,7 @@ def _server_checks(folder: ServerFolder) -> Iterator[Check]:
     secrets = [folder.file(name) for name in ("ca.key", "server.key", "secret", "superlink.db")]
     yield from _private([file for file in secrets if file.exists()])
     yield from _logs(folder.file("logs"))
-    here = f"--dir {folder.path}"
+    here = shell("--dir", folder.path)
     listening, certificate = folder.listening, read_certificate(folder.file("server.crt"))
     good = certificate.days_left > FEW_DAYS
     yield (
@@ -80,13 +80,14 @@ def _server_checks(folder: ServerFolder) -> Iterator[Check]:
     signed = is_signed_by(folder.file("server.crt"), folder.file("ca.crt"))
     yield "authority", signed, "signs the certificate" if signed else f"does not sign it. `fedzo server renew {here}`"
     up = accepts(listening.control)
-    yield "SuperLink", up, f"{listening.control}" + ("" if up else f" is silent. `fedzo server up {folder.path}`")
+    start = "" if up else f" is silent. `{shell('fedzo server up', folder.path)}`"
+    yield "SuperLink", up, f"{listening.control}{start}"
     if not up:
         taken = listening_problem(folder)
         yield "ports", not taken, taken or f"{listening.listen} and {listening.control} are free"
     count = len(folder.clients)
     yield "clients", count > 0, f"{count} registered" + ("" if count else f". `fedzo server add-client NAME {here}`")
-    yield from _proxies()
+    yield _proxies()
 
 
 def _client_checks(folder: ClientFolder) -> Iterator[Check]:
@@ -101,10 +102,11 @@ def _client_checks(folder: ClientFolder) -> Iterator[Check]:
     days = read_certificate(folder.file(AUTHORITY)).days_left
     good = days > FEW_DAYS
     yield "authority", good, f"valid for {days:.0f} days" + ("" if good else f". Ask the server for a new {AUTHORITY}")
+    yield (proxy := _proxies())
+    if proxy[1]:
+        yield from _server_seen(folder)
     yield _rows(site.data.path)
     yield from _model(site)
-    yield from _server_seen(folder)
-    yield from _proxies()
 
 
 def _rows(path: str | None) -> Check:
@@ -124,10 +126,11 @@ def _model(site: SiteFile) -> Iterator[Check]:
     """Whether the device is there and computes right, the model fits in its memory, and the site allows its weights."""
     try:
         device = resolve_device(site.device)
-    except ConfigError as error:
-        yield "device", False, str(error)
+        told = device_text(device)
+    except (ConfigError, RuntimeError) as error:  # the latter of a driver
+        yield "device", False, printable(str(error))
         return
-    yield "device", True, device_text(device)
+    yield "device", True, told
     yield _directions(device)
     yield from _kernels(device)
     try:
@@ -140,8 +143,9 @@ def _model(site: SiteFile) -> Iterator[Check]:
             yield "memory", False, told
             return
         loaded = load_model(site.model, device=site.device)
-    except ConfigError as error:
-        yield "model", False, str(error)
+    except Exception as error:  # a driver, or a model's own code, may raise anything
+        foreseen = isinstance(error, ConfigError)
+        yield "model", False, str(error) if foreseen else printable(f"{type(error).__name__}: {error}")
         return
     taken, left = weights_bytes(loaded.model), available_memory_bytes(device)
     left = max(0, left - mapped_bytes()) if device.type == "cpu" else left
@@ -172,9 +176,12 @@ def _directions(device: torch.device) -> Check:
 def _kernels(device: torch.device) -> Iterator[Check]:
     """Whether a device of NVIDIA's makes directions by kernels of their own."""
     if device.type == "cuda" and torch.version.cuda:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        found = fused(torch.device("cuda", index)) is not None
         slow = "none, so directions are many times slower. See the warning"
+        try:
+            index = torch.cuda.current_device() if device.index is None else device.index
+            found = fused(torch.device("cuda", index)) is not None
+        except RuntimeError as error:  # of a driver
+            found, slow = False, printable(str(error))
         yield "CUDA kernels", found, "make the directions" if found else slow
 
 
@@ -209,10 +216,15 @@ def _logs(folder: Path) -> Iterator[Check]:
         yield "logs", good, "only this user reads them" if good else f"others may read them: chmod 700 {folder}"
 
 
-def _proxies() -> Iterator[Check]:
-    found = [name for name in PROXIES if os.environ.get(name)]
-    told = f"{', '.join(found)}: used for traffic to other machines" if found else "none in the environment"
-    yield "proxy", True, told
+def _proxies() -> Check:
+    """Which proxies the environment names, and whether all that is asked of the server can go by them."""
+    found = ", ".join(name for name in PROXIES if os.environ.get(name))
+    try:
+        httpx.Client(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)).close()  # which looks at all of them
+    except (ValueError, httpx.InvalidURL, ImportError) as error:
+        remedy = "An address must begin with http://, https://, socks5:// or socks5h://"
+        return "proxy", False, f"{found}: {printable(str(error))}. {remedy}"
+    return "proxy", True, f"{found}: used for traffic to other machines" if found else "none in the environment"
 
 
 def doctor() -> list[tuple[str, bool, str]]:

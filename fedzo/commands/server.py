@@ -15,8 +15,7 @@ from string import Template
 
 import httpx
 
-import fedzo
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, shell
 from fedzo.records.folder import lock_file, replace_file
 from fedzo.runtime.net.addresses import split_address
 from fedzo.runtime.net.client_folder import Invitation, read_invitation, write_invitation
@@ -69,7 +68,7 @@ def init(path: Path, *, hosts: Sequence[str], port: int, control_port: int, days
     yield f"certificate for {', '.join(certificate.names)}, valid for {certificate.days_left:.0f} days"
     (*_, listening_port) = split_address(folder.listening.listen)
     yield fill(folder.path, SERVICES, port=listening_port, public_port=443)
-    yield f"next: fedzo server add-client NAME --index 0 --dir {path}, and fedzo server up {path}"
+    yield f"next: fedzo server add-client NAME --index 0 {shell('--dir', path)}, and {shell('fedzo server up', path)}"
 
 
 def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str | None) -> Iterator[str]:
@@ -84,7 +83,8 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
     folder.check()
     folder.check_name(name)
     if key is not None:
-        line = key if " " in key.strip() else Path(key).read_text(encoding="utf-8", errors="replace")
+        is_line = re.match(r"\s*(ecdsa|ssh)-\S+ ", key)
+        line = key if is_line else Path(key).read_text(encoding="utf-8", errors="replace")
         client = folder.add_client(name, index=index, key=line)
         yield _registered(client)
         yield f"the site needs {folder.file('ca.crt')} as ca.crt in its folder: send it there"
@@ -173,7 +173,7 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
                 except httpx.HTTPError as error:  # of a SuperLink that is started again: at the next look
                     if "certificate" in str(error) and str(error) != refused:
                         refused = str(error)
-                        yield f"the clients cannot be registered: {refused}. See `fedzo doctor {folder.path}`"
+                        yield f"the clients cannot be registered: {refused}. See `{shell('fedzo doctor', folder.path)}`"
                 else:
                     registered, refused = clients, ""
                     yield f"{count} clients are registered"
@@ -195,7 +195,7 @@ def _certificate_problem(folder: ServerFolder) -> str:
         return str(error)
     if days >= FEW_DAYS:
         return ""
-    how = f"`fedzo server renew --dir {folder.path}`"
+    how = f"`{shell('fedzo server renew --dir', folder.path)}`"
     return f"certificate valid for {days:.0f} days. {how}" if days > 0 else f"the certificate expired. {how}"
 
 
@@ -214,10 +214,9 @@ def fill(folder: Path, files: Mapping[str, str], **more: object) -> str:
     """
     values = {
         **more,
-        "user": getpass.getuser(),
+        "user": _user(),
         "uid": os.getuid(),
         "gid": os.getgid(),
-        "version": fedzo.__version__,
     }
     for name, source in files.items():
         file = folder / name
@@ -226,6 +225,14 @@ def fill(folder: Path, files: Mapping[str, str], **more: object) -> str:
             paths = {"folder": _quoted(str(folder.resolve()), name), "python": _quoted(sys.executable, name)}
             replace_file(file, Template(template(source)).substitute(values, **paths))
     return f"as a service: one of {', '.join(files)}"
+
+
+def _user() -> str:
+    """The name of this user; a container's user may have a number alone, which systemd takes as well."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # the latter from Python 3.13 on
+        return str(os.getuid())
 
 
 def _quoted(path: str, name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fedzo.config.schema import SiteConfig
-from fedzo.errors import ConfigError
+from fedzo.errors import FedzoError
 from fedzo.models.load import check_length
 from fedzo.models.loaded import ForwardCounter, LoadedModel
 from fedzo.models.source import find_source
@@ -39,13 +39,13 @@ class SiteModel:
         self._lent: tuple[weakref.ref[nn.Module], object, object] | None = None
 
     def load_ahead(self, site: SiteConfig) -> None:
-        """Load the model before a run asks for it. What is wrong with it is told to the run that does."""
+        """Load the model before a run asks for it. Whatever is wrong with it is told to the run that does."""
         if not _can_be_kept(site):
             return
         try:
             self.open(site, 1)
-        except ConfigError as error:
-            log.error("%s", error)
+        except Exception as error:  # of a driver: its GPU may be free by then
+            log.error("%s", error, exc_info=not isinstance(error, FedzoError))
 
     def open(self, site: SiteConfig, max_length: int) -> LoadedModel:
         """The site's model, loaded if it is not here, for texts of at most ``max_length`` tokens.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fedzo.errors import Problem, at_least, not_negative, positive, problem
 from fedzo.fl.config import Seeds
 from fedzo.registry import PluginConfig, Registry
+from fedzo.system import package_version
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -48,6 +49,10 @@ class RuntimeConfig(PluginConfig):
     def traits(self) -> RuntimeTraits:
         """What other parts of a run must know of this runtime."""
         return RuntimeTraits()
+
+    def missing(self) -> Iterator[Problem]:
+        """What it needs and this machine lacks: asked where work begins, not where a run's folder is read."""
+        return iter(())
 
 
 RUNTIMES: Registry[None] = Registry("runtime", base=RuntimeConfig)
@@ -101,6 +106,11 @@ class RayConfig(RuntimeConfig):
         yield from positive("runtime.num_cpus_per_client", self.num_cpus_per_client, "1 is usual.")
         yield from not_negative("runtime.num_gpus_per_client", self.num_gpus_per_client, "0 reserves no GPU.")
         yield from at_least("runtime.num_actors", self.num_actors, 1, "It counts processes.")
+
+    def missing(self) -> Iterator[Problem]:
+        if package_version("ray") is None:
+            remedy = "Install it with: pip install 'fedzo[ray]'"
+            yield Problem("runtime", f"runtime=ray: Ray must be installed, but is not. {remedy}")
 
 
 @RUNTIMES.register("ray", RayConfig)

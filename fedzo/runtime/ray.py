@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import logging
 import math
 import os
@@ -59,11 +58,9 @@ def run_ray(
         config: Actors and their share of the machine.
 
     Raises:
-        ConfigError: Ray is missing, its cluster cannot be reached, or another federation runs in this process.
+        ConfigError: Ray's cluster cannot be reached, or another federation runs in this process.
         ProtocolError: Ray did not start, or the engine ended before the server.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError("runtime=ray: Ray must be installed, but is not. Install it with: pip install 'fedzo[ray]'")
     import ray
 
     on_sigterm = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL

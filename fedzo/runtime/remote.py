@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, shell
 from fedzo.fl.log_store import has_begun
 from fedzo.records.folder import CONFIG, make_folder, open_file
 from fedzo.runtime.config import RemoteConfig
@@ -52,7 +52,7 @@ def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig) -> None
     if not accepts(server.listening.control):
         raise ConfigError(
             f"server folder {server.path}: its SuperLink must be up, but nobody listens at {server.listening.control}. "
-            f"Start it: `fedzo server up {server.path}`."
+            f"Start it: `{shell('fedzo server up', server.path)}`."
         )
     make_folder(run_dir / "logs")
     log_file = open_file(run_dir, SERVER_LOG, os.O_RDONLY | os.O_CREAT)
@@ -61,7 +61,7 @@ def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig) -> None
         process = ServerProcess(run_dir, server.path, detached=True)
         print(
             f"The run's server is process {process.pid}. It goes on when this terminal closes.\n"
-            f"`fedzo status {run_dir}` shows it, `fedzo stop {run_dir}` ends it between rounds.",
+            f"`{shell('fedzo status', run_dir)}` shows it, `{shell('fedzo stop', run_dir)}` ends it between rounds.",
             flush=True,
         )
         try:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import httpx
 from flwr.app import Message
 from flwr.common.constant import HEARTBEAT_PATIENCE, TIMESTAMP_HEADER, Status
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.retry import http_retry
 from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
 
@@ -41,7 +42,7 @@ def quicken(poll_s: float, lease_s: float) -> None:
     loop, so the module's name ``time``, of which it uses nothing but ``sleep``, is replaced. The gate before fedzo's
     SuperLink holds a question for work until there is some. By Flower's constants a node that died is missed after
     60 s, and cannot come back before; here it is after ``lease_s``. What a proxy does not pass on is sent again: Flower
-    would lose the site's reply.
+    would lose the site's reply. And a node says again that it lives, whatever the answer was.
     """
     flower = logging.getLogger("flwr")
     flower.setLevel(logging.INFO)
@@ -51,11 +52,31 @@ def quicken(poll_s: float, lease_s: float) -> None:
     loop: Any = start_client_internal
     loop._pull_and_store_message = partial(_without_remains, loop._pull_and_store_message)
     loop.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll_s)))
-    cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = lease_s / HEARTBEAT_PATIENCE
+    connection: Any = fleet_http_connection
+    connection.HEARTBEAT_DEFAULT_INTERVAL = lease_s / HEARTBEAT_PATIENCE
+    connection.HeartbeatSender = lambda beat: HeartbeatSender(_persistent(beat))
     signing: Any = node_auth_http_interceptor.NodeAuthHttpInterceptor
     signing.intercept = _telling(signing.intercept)
     retry: Any = http_retry
     retry._RETRYABLE_TRANSPORT_ERRORS = (*retry._RETRYABLE_TRANSPORT_ERRORS, httpx.ProxyError)
+
+
+def _persistent(beat: Callable[[], bool]) -> Callable[[], bool]:
+    """The same call, that has failed, and is made again soon, where a gate or a proxy answers something else.
+
+    Flower would say no more that the node lives, which asks for work as before and gets none.
+    """
+
+    def persistent() -> bool:
+        try:
+            return beat()
+        except Exception as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+                raise  # Flower ends the node
+            log.warning("the server did not hear that this node lives: %s", printable(str(error)))
+            return False
+
+    return persistent
 
 
 def _telling(intercept: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
@@ -78,6 +99,8 @@ def _telling(intercept: Callable[..., httpx.Response]) -> Callable[..., httpx.Re
         if response.status_code == httpx.codes.UNAUTHORIZED:
             signed, told = context.request.headers[TIMESTAMP_HEADER], response.headers.get("date")
             log.warning("%s: %s", REFUSED, _why(context.request.url.path, signed, told))
+        elif response.status_code == httpx.codes.REQUEST_TIMEOUT:
+            log.warning("%s: a part of a reply took too long to arrive. This site needs a faster line to it.", REFUSED)
         return response
 
     return telling

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, shell
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.fields import Length
 from fedzo.records.folder import make_folder, replace_file, told_as
@@ -126,7 +126,7 @@ class ClientFolder:
         if missing := missing_files(self.path, (SERVER, KEY, SECRET, SITE), "client folder"):
             raise ConfigError(
                 f"client folder {self.path}: it must hold what `fedzo client init` writes, but has no "
-                f"{', '.join(missing)}. Call `fedzo client init {self.path} --server HOST:PORT`."
+                f"{', '.join(missing)}. Call `{shell('fedzo client init', self.path)} --server HOST:PORT`."
             )
         if not self.file(AUTHORITY).is_file():
             raise ConfigError(

@@ -33,7 +33,7 @@ SILENT, HEARD = "the server does not answer", "the server answers again"
 `fedzo client up` looks for it."""
 LOOK_S = 2.0
 """How often a SuperLink looks whether its certificate was renewed."""
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedzo.runtime.net.daemons")  # run by -m it is `__main__`, and no child of fedzo's
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from fedzo.runtime.net.bundle import check_bundle
 from fedzo.runtime.net.processes import watch_parent
 from fedzo.system import device_is_lost, quiet_libraries
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedzo.runtime.net.executor")  # run by -m it is `__main__`, which the site's log does not hear
 POLL_S = 0.05
 TELL_S = 10.0
 """How long a process that gives up tries to say so before it ends."""
@@ -90,8 +90,8 @@ def serve(app: ClientApp, api: RuntimeApi, *, step_limit_s: float) -> None:
                     answer(app, task, step_limit_s=step_limit_s)
             except RunNotRunningException:
                 log.info("the run ended while a message was worked on")
-            except Exception:
-                log.exception("a message was lost")
+            except Exception:  # no error of the site: a run that is stopped ends amid its messages
+                log.warning("a message was lost", exc_info=True)
 
 
 def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
@@ -131,7 +131,8 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
         try:
             reply, failure = app(message=task.message, context=task.context), ""
         except Exception as error:
-            log.exception("the ClientApp failed")
+            told = isinstance(error, SiteError)  # by the app itself
+            log.log(logging.WARNING if told else logging.ERROR, "the ClientApp failed", exc_info=True)
             failure = failure_reason(as_site_error(error))
         is_lost = device_is_lost()  # while the watchdog looks on
     finally:

@@ -146,6 +146,7 @@ class Gate:
             async with asyncio.timeout(MOST_HEAR_S):
                 heard = await self._hear(asker, receive, most_bytes)
         except TimeoutError:
+            self._tell(asker, f"a request of it took longer than {MOST_HEAR_S:.0f} s to arrive")
             await answer(send, 408, "too slow")
             return
         if heard is None:

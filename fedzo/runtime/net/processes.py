@@ -97,13 +97,14 @@ class Processes:
                     child.failures = 0
                 if child.restarts is not None and child.failures >= child.restarts:
                     raise ProtocolError(
-                        f"{child.name}: it must run as long as the federation, but ended with status {_told(code)}. "
-                        f"The end of {self.log_path(child.name)}:\n{self.tail(child.name)}"
+                        f"{child.name}: it must run as long as the federation, but ended with status "
+                        f"{told_status(code)}. The end of {self.log_path(child.name)}:\n{self.tail(child.name)}"
                     )
                 pause = min(LONGEST_PAUSE_S, 2.0 ** (child.failures - 1)) if child.failures else 0.0
                 child.due, child.failures = now + pause, child.failures + 1
                 told = f" in {pause:g} s" if pause else ""
-                log.warning("%s ended with status %s: starting it again%s", child.name, _told(code), told)
+                said = f"{child.name} ended with status {told_status(code)}: starting it again{told}"
+                log.warning("%s. Its log: %s", said, self.log_path(child.name))
             if now >= child.due:
                 child.due, child.started = None, now
                 child.process = self._spawn(child.name, child.command, child.environment)
@@ -196,14 +197,15 @@ class Tail:
                     self._read = 0
                 text.seek(self._read)
                 said = text.read(1 << 20)
-        except FileNotFoundError:
+        except FileNotFoundError:  # it was renamed, as logrotate may do: what comes is a new file
+            self._read = 0
             return []
         whole = said[: said.rfind(b"\n") + 1]
         self._read += len(whole)
         return COLOURS.sub("", whole.decode("utf-8", "replace")).splitlines()
 
 
-def _told(code: int) -> str:
+def told_status(code: int) -> str:
     """A status, and what most often is behind it where the process could not say a word."""
     killed = code == -signal.SIGKILL
     return f"{code} (killed: most often by the kernel, which is out of memory; see `dmesg`)" if killed else str(code)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fedzo.errors import ConfigError, FolderInUseError
+from fedzo.errors import ConfigError, FolderInUseError, shell
 from fedzo.records.decode import decode_json, encode, to_json
 from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, Name, Within
 from fedzo.records.folder import folder_of_one_process, is_locked, lock_file, make_folder, replace_file, told_as
@@ -151,7 +151,7 @@ class ServerFolder:
             self._check_unused([name for name in AUTHORITY if name in missing])
             raise ConfigError(
                 f"server folder {self.path}: it must hold what `fedzo server init` writes, but has no "
-                f"{', '.join(missing)}. Call `fedzo server init {self.path}`, which keeps what is there."
+                f"{', '.join(missing)}. Call `{shell('fedzo server init', self.path)}`, which keeps what is there."
             )
         _ = self.listening, self.clients
 
@@ -297,7 +297,7 @@ class ServerFolder:
                     raise ConfigError(
                         f"client {name}: its {alike[0]} must be its own, but client {client.name} has it (index "
                         f"{client.index}). Choose another, or remove that client: "
-                        f"`fedzo server remove-client {client.name} --dir {self.path}`."
+                        f"`{shell('fedzo server remove-client', client.name, '--dir', self.path)}`."
                         f"{again if 'key' in alike else ''}"
                     )
             self._write_clients([*clients, new])
@@ -345,6 +345,6 @@ class ServerFolder:
 
     def _read(self, name: str, kind: object) -> Any:
         rule = f"server folder {self.path}: {name} must be a readable file"
-        with told_as(ConfigError, rule, f"Call `fedzo server init {self.path}`."):
+        with told_as(ConfigError, rule, f"Call `{shell('fedzo server init', self.path)}`."):
             text = self.file(name).read_bytes()
         return decode_json(kind, text, where=str(self.file(name)), error=ConfigError, remedy="Restore it from a copy.")

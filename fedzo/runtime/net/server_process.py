@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedzo import errors
-from fedzo.errors import FedzoError, ProtocolError, RunFolderError
+from fedzo.errors import FedzoError, ProtocolError, RunFolderError, shell
 from fedzo.records.decode import encode, read_record
 from fedzo.records.folder import make_folder, open_file, replace_file
 from fedzo.records.presence import OUTCOME, Outcome
 from fedzo.runtime.net.parts import environment
-from fedzo.runtime.net.processes import python
+from fedzo.runtime.net.processes import python, told_status
 from fedzo.system import COMMAND_ENV, command
 
 SERVE = python("fedzo.cli.serve")
@@ -114,15 +114,16 @@ class ServerProcess:
             self._process.wait()
 
     def _error(self, code: int) -> FedzoError:
+        again = shell("fedzo resume", self._run_dir)
         if code == UNWRITABLE:
             return RunFolderError(
                 f"run folder {self._run_dir}: it must be writable, but the run's server could not write. Is its disk "
-                f"full? Make room, and continue with `fedzo resume {self._run_dir}`."
+                f"full? Make room, and continue with `{again}`."
             )
         outcome = read_record(Outcome, self._run_dir, OUTCOME, error=ProtocolError)
         if outcome is None:
             return ProtocolError(
-                f"the run's server ended with status {code} without a message. See {self._run_dir / 'fedzo.log'}, then "
-                f"`fedzo resume {self._run_dir}`."
+                f"the run's server ended with status {told_status(code)} without a message. See "
+                f"{self._run_dir / 'fedzo.log'}, then `{again}`."
             )
         return _KINDS.get(outcome.error, ProtocolError)(outcome.text)

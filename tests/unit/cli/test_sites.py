@@ -125,6 +125,16 @@ def test_a_key_that_cannot_be_read_is_named(server: Path, key: str, says: str, c
     assert ServerFolder(server).clients == []
 
 
+def test_a_file_with_a_key_may_have_a_blank_in_its_name(server: Path, tmp_path: Path, capsys: Capture) -> None:
+    main(["client", "init", str(tmp_path / "my site"), "--server", "h:1"])
+    assert f"and fedzo client up '{tmp_path / 'my site'}'\n" in capsys.readouterr().out
+    key = tmp_path / "my site" / "key.pub"
+
+    assert main(["server", "add-client", "a", "--key", str(key), "--dir", str(server)]) == 0
+    (client,) = ServerFolder(server).clients
+    assert key.read_text().startswith(client.key)
+
+
 def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp_path: Path, capsys: Capture) -> None:
     assert main(["client", "init", str(tmp_path / "site"), "--server", "h:1"]) == 0
 
@@ -369,6 +379,35 @@ def test_a_run_that_nobody_works_on_is_not_stopped(run: Path, capsys: Capture) -
     assert not (run / "stop").exists()
 
 
+def test_a_sweep_is_not_stopped_and_its_job_at_work_named(tmp_path: Path, capsys: Capture) -> None:
+    sweep = tmp_path / "my sweep"
+    jobs = [sweep / "seed-0", sweep / "seed-1"]
+    for job in jobs:
+        job.mkdir(parents=True)
+        (job / "public.jsonl").touch()
+    (sweep / "multirun.yaml").touch()
+
+    with folder_of_one_process(sweep), (jobs[1] / "public.jsonl").open() as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert main(["stop", str(sweep)]) == RUN_FAILED
+
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.endswith(f"that of a sweep, which ends when its job is stopped. Call fedzo stop '{jobs[1]}'.\n")
+    assert not list(sweep.rglob("stop"))
+    assert main(["stop", str(sweep)]) == RUN_FAILED
+    assert "There is nothing to stop" in capsys.readouterr().err
+
+
+def test_what_a_process_has_and_is_no_run_is_not_stopped(tmp_path: Path, capsys: Capture) -> None:
+    """Such as the folder of a site that is up."""
+    with folder_of_one_process(tmp_path):
+        assert main(["stop", str(tmp_path)]) == RUN_FAILED
+
+    assert f"{tmp_path / 'config.json'}: it must hold the settings of a run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_status_of_a_server_that_serves_no_run_says_how_the_last_one_ended(
     server: Path, run: Path, capsys: Capture
 ) -> None:
@@ -513,13 +552,36 @@ def test_services_are_filled_in_for_this_folder_and_python(name: str, tmp_path: 
         unit = configparser.RawConfigParser()
         unit.read(file)
         started = shlex.split(unit["Service"]["ExecStart"].replace("%%", "%").replace("$$", "$"))
-        assert started == [sys.executable, "-m", "fedzo", *words]
+        assert started == [sys.executable, "-P", "-m", "fedzo", *words]  # not the fedzo of the folder it is called in
         assert unit["Service"]["KillMode"] == "mixed"  # its processes are ended by the command, in order
     script = (site / "client.sbatch").read_text()
     assert "$SLURM_CPUS_PER_TASK" in script
     told = ["bash", "-c", script.replace("exec ", "printf '%s\\n' ")]
     started = subprocess.run(told, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert started == [sys.executable, "-m", "fedzo", "client", "up", str(site)]
+    assert started == [sys.executable, "-P", "-m", "fedzo", "client", "up", str(site)]
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 1000"), OSError("No username set")])
+def test_a_user_without_a_name_is_named_by_number(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, by Python 3.11 and by 3.13."""
+
+    def getuser() -> str:
+        raise error
+
+    monkeypatch.setattr("getpass.getuser", getuser)
+    assert main(["server", "init", str(tmp_path), "--host", "h"]) == 0
+    unit = configparser.RawConfigParser()
+    unit.read(tmp_path / "fedzo-server.service")
+    assert unit["Service"]["User"] == str(os.getuid())
+
+
+def test_compose_files_leave_the_name_of_the_project_to_the_folder(server: Path, tmp_path: Path) -> None:
+    """Compose takes two projects of one name for one, and would replace the first site by the second."""
+    main(["client", "init", str(tmp_path / "site"), "--server", "h:1"])
+    for folder in (server, tmp_path / "site"):
+        assert "name" not in yaml.safe_load((folder / "compose.yaml").read_text())
 
 
 def test_a_site_has_a_place_for_compiled_kernels_also_where_its_user_has_no_home(tmp_path: Path) -> None:
@@ -705,6 +767,55 @@ def test_doctor_compares_the_directions_of_a_sites_device_with_the_specified_one
     good, told = found()
     assert not good
     assert told.startswith("those of cpu are not the specified ones (gaussian). Update torch")
+
+
+def test_doctor_tells_of_the_server_first_and_of_a_driver_that_fails_in_a_line(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    site = tmp_path / "site"
+    main(["client", "init", str(site), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")])
+    save_tiny_model(site / "model", "llama")
+    settings = {"device": "cpu", "data": {"path": "./rows.jsonl"}, "model": {"name": "./model"}}
+    (site / "site.yaml").write_text(json.dumps(settings))
+
+    def busy(config: ModelConfig, *, device: str) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy\nCompile with more")
+
+    monkeypatch.setattr("fedzo.commands.doctor.load_model", busy)
+    capsys.readouterr()
+
+    assert main(["doctor", str(site)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "BAD  model: RuntimeError: CUDA error: all CUDA-capable devices are busy Compile with more"
+    names = [line[5:].partition(":")[0] for line in lines]
+    assert names[names.index("authority") + 1 :] == ["proxy", "server", "rows", "device", "directions", "model"]
+
+
+@pytest.mark.parametrize(
+    ("proxy", "good"),
+    [
+        ("socks5://user:word@127.0.0.1:1", True),
+        ("http://user:word@127.0.0.1:1", True),
+        ("socks4://user:word@127.0.0.1:1", False),
+        ("http://127.0.0.1:port", False),
+    ],
+)
+def test_doctor_tells_whether_a_site_can_speak_by_the_proxy_of_its_environment(
+    proxy: str, good: bool, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    main(["client", "init", str(site), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")])
+    (site / "site.yaml").write_text(json.dumps({"data": {"path": "./rows.jsonl"}, "model": {"name": "./model"}}))
+    for name in ("ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+
+    found = {name: (fine, told) for name, fine, told in folder_checks(site)}
+
+    assert found["proxy"][0] == good
+    assert "ALL_PROXY, all_proxy" in found["proxy"][1]
+    assert "word" not in found["proxy"][1]
+    assert ("must begin with http://, https://, socks5:// or socks5h://" in found["proxy"][1]) != good
+    assert ("server" in found) == good  # else nothing can be asked
 
 
 def test_doctor_compares_packages_with_what_fedzo_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def flower_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         (start_client_internal, "time"),
         (start_client_internal, "_pull_and_store_message"),
         (fleet_http_connection, "HEARTBEAT_DEFAULT_INTERVAL"),
+        (fleet_http_connection, "HeartbeatSender"),
         (http_retry, "_RETRYABLE_TRANSPORT_ERRORS"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
@@ -150,6 +151,7 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
         (401, 0, "activate-node", ["the server refused: the key of this site is not registered there, or was revoked"]),
         (401, 0, "pull-messages", ["the server refused: it has started anew, or has revoked the key of this site"]),
         (200, 3600, "activate-node", []),
+        (408, 0, "push-object", ["the server refused: a part of a reply took too long to arrive"]),
     ],
 )
 def test_a_supernode_that_is_not_let_in_says_why(
@@ -227,6 +229,50 @@ def test_a_reply_that_a_proxy_does_not_pass_on_is_sent_again() -> None:
 
     assert invoker.invoke(send) == "taken"
     assert len(sent) == 3
+
+
+def refusal(code: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "https://server/v1/fleet/send-node-heartbeat")
+    return httpx.HTTPStatusError(f"status {code}", request=request, response=httpx.Response(code, request=request))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("flower_is_put_back")
+@pytest.mark.parametrize(
+    "failure",
+    [refusal(429), refusal(500), RuntimeError("not recognized"), ValueError("Invalid protobuf response payload")],
+    ids=["too many requests", "an error", "a node that is not known", "a page that is no answer"],
+)
+def test_a_node_says_again_that_it_lives_whatever_was_answered(failure: Exception) -> None:
+    """Flower's own sender then says nothing more, and the node goes on asking for work that it never gets."""
+    from flwr.supernode import fleet_http_connection
+
+    from fedzo.runtime.net import _flower_daemons
+
+    def beat() -> bool:
+        beats.append("a beat")
+        if len(beats) == 1:
+            raise failure
+        again.set()
+        return True
+
+    def refused() -> bool:
+        raise refusal(401)
+
+    assert "HeartbeatSender(send_node_heartbeat)" in inspect.getsource(fleet_http_connection)
+    beats, again = list[str](), threading.Event()
+    _flower_daemons.quicken(0.1, lease_s=NODE_LEASE_S)
+    sender = fleet_http_connection.HeartbeatSender(beat)
+    sender._retry_invoker.wait_function = lambda seconds: None
+
+    sender.start()
+    try:
+        assert again.wait(10.0)
+    finally:
+        if sender.is_running:
+            sender.stop()
+    with pytest.raises(httpx.HTTPStatusError):  # Flower has asked the node to end
+        _flower_daemons._persistent(refused)()
 
 
 @pytest.mark.slow

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from fedzo.errors import ProtocolError
+from fedzo.commands.train import resume_run
+from fedzo.config.load import load
+from fedzo.config.travel import to_json
+from fedzo.errors import ConfigError, ProtocolError
 from fedzo.runtime.config import RayConfig
 from fedzo.runtime.ray import RayGrid, _backend_config, _environment, _machine
 
@@ -37,6 +42,24 @@ def test_environment_for_actors_is_put_back_afterwards(monkeypatch: pytest.Monke
         os.environ["PYTHONPATH"] = "as Flower changes it"
 
     assert dict(os.environ) == environment
+
+
+def test_missing_ray_is_named_with_the_command_that_installs_it_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_run(*_: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("fedzo.commands.train.open_run", open_run)
+    monkeypatch.setattr("fedzo.runtime.config.package_version", lambda name: None)
+    (tmp_path / "config.json").write_text(to_json(replace(load([]), runtime=RayConfig())))
+
+    message = r"^runtime=ray: Ray must be installed.*pip install 'fedzo\[ray\]'$"
+    with pytest.raises(ConfigError, match=message):
+        load(["runtime=ray"])
+    with pytest.raises(ConfigError, match=message):
+        resume_run(tmp_path)
+    assert load(["runtime=local"]).runtime.traits.own_processes
 
 
 class Nodes:

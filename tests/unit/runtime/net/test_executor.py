@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -86,6 +87,54 @@ def test_a_message_of_a_run_with_another_bundle_is_refused_each_time_and_the_app
     assert [[kind for kind, _ in task.sent] for task in tasks] == [["error"], ["error"], ["reply"], ["error"]]
     assert all("refusal 35, its site runs another fedzo" in tasks[at].sent[0][1] for at in (0, 1, 3))
     assert seen == ["message"]  # that of the run with this fedzo's own bundle
+
+
+@pytest.mark.parametrize("program", ["executor", "daemons"])
+def test_what_a_program_logs_is_fedzos_whatever_python_calls_the_program(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run by -m it is `__main__`, but what writes to the logs of a site and a server listens to `fedzo`."""
+    name = f"fedzo.runtime.net.{program}"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+    ran = runpy.run_module(name, run_name="another")
+
+    assert ran["__name__"] == "another"
+    assert ran["log"].name == name
+
+
+@pytest.mark.parametrize(
+    ("error", "level"), [(ZeroDivisionError("a row"), "ERROR"), (SiteError(Refusal.task, "a row"), "WARNING")]
+)
+def test_what_the_app_has_told_its_site_of_a_failure_is_not_told_again(
+    error: Exception, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Errors go to the site's log."""
+
+    def app(message: object, context: object) -> object:
+        raise error
+
+    answer(app)
+
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [(level, "the ClientApp failed")]
+
+
+def test_a_message_that_ends_with_its_run_is_no_error_of_the_site(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fedzo.runtime.net import executor
+
+    def gone(address: str, token: object) -> object:
+        raise ConnectionError("the SuperNode is gone")
+
+    api: Any = SimpleNamespace(address="127.0.0.1:1", tasks=lambda kind: nullcontext(iter(["token"]).__next__))
+    monkeypatch.setattr(executor, "client_task", gone)
+
+    with pytest.raises(StopIteration):  # there are no more messages
+        executor.serve(lambda message, context: "reply", api, step_limit_s=10.0)  # type: ignore[arg-type]
+
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", "a message was lost")]
+    assert "the SuperNode is gone" in caplog.text
 
 
 def test_finished_step_stops_its_watchdog() -> None:

@@ -115,7 +115,9 @@ def test_a_long_body_is_refused_whether_its_length_is_declared_or_not(place: Pla
     assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES)]) == 200
 
 
-def test_of_a_stranger_little_is_heard_and_of_nobody_for_ever(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_stranger_little_is_heard_and_of_nobody_for_ever(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     long = str(STRANGER_BODY_BYTES + 1).encode()
     assert place.ask(PULL, headers={b"content-length": long}) == 413
     assert place.ask(PULL, parts=[bytes(STRANGER_BODY_BYTES), b"x"]) == 413
@@ -129,6 +131,7 @@ def test_of_a_stranger_little_is_heard_and_of_nobody_for_ever(place: Place, monk
     asyncio.run(never_heard())
     assert slow.answers == [408]
     assert slow.asked == []
+    assert "refused: client hospital at c: a request of it took longer than" in caplog.text
 
 
 def test_a_superlink_that_failed_at_a_message_is_asked_again(place: Place, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from fedzo.errors import ProtocolError
@@ -74,3 +77,26 @@ def test_an_executor_keeps_the_artifact_of_its_run_in_the_folder_of_its_site(tmp
     assert [variables[SITE_ARTIFACTS_ENV] for variables in started] == [
         str((tmp_path / name / "artifacts").resolve()) for name in ("a", "b")
     ]
+
+
+def test_a_socks_proxy_in_the_environment_is_passed_by_within_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at whenever a client is made, whomever the client asks then."""
+    for name, value in (("ALL_PROXY", "socks5://127.0.0.1:1"), ("NO_PROXY", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name.lower(), value)
+    asked = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as superlink:
+
+        def hang_up() -> None:
+            superlink.accept()[0].close()
+            asked.set()
+
+        listening = Listening(address="h:1", listen="127.0.0.1:1", control=f"127.0.0.1:{superlink.getsockname()[1]}")
+        folder = ServerFolder.make(tmp_path / "s", listening, names=["h"], days=30)
+        threading.Thread(target=hang_up, daemon=True).start()
+        with parts.control(folder.endpoint) as flower, pytest.raises(httpx.TransportError):
+            flower.nodes()
+
+        assert asked.wait(10.0)

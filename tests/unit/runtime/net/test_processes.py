@@ -79,6 +79,7 @@ def test_of_a_process_that_was_killed_the_likely_cause_is_told(
             children.wait_until(lambda: False, what="nothing", timeout_s=5, log_of="worker")
 
     assert caplog.text.count("status -9 (killed: most often by the kernel") == restarts
+    assert caplog.text.count(f"starting it again. Its log: {tmp_path / 'worker.log'}") == restarts
 
 
 def test_process_is_started_again_as_often_as_allowed(tmp_path: Path) -> None:
@@ -131,6 +132,22 @@ def test_a_log_that_is_cut_while_it_grows_is_read_from_its_new_beginning(tmp_pat
         writer.flush()
         assert tail.new() == ["the third"]
         assert tail.new() == []
+
+
+def test_a_log_that_is_renamed_is_read_on_in_the_new_file(tmp_path: Path) -> None:
+    """As by logrotate, if nothing else is asked of it."""
+    log = tmp_path / "site.log"
+    log.touch()
+    tail = Tail(log)
+    log.write_text("the first\n")
+    assert tail.new() == ["the first"]
+
+    log.rename(tmp_path / "site.log.1")
+    assert tail.new() == []
+    log.write_text("the second, and longer\n")
+
+    assert tail.new() == ["the second, and longer"]
+    assert tail.new() == []
 
 
 @pytest.mark.slow

@@ -33,6 +33,14 @@ def test_an_error_is_of_the_same_kind_in_both_processes(
     assert type(caught.value) is kind
 
 
+def test_a_server_that_the_kernel_killed_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot leave a message."""
+    monkeypatch.setattr(server_process, "SERVE", ["sh", "-c", "kill -9 $$"])
+
+    with pytest.raises(ProtocolError, match=r"ended with status -9 \(killed: most often by the kernel"):
+        ServerProcess(tmp_path, tmp_path).wait(lambda: None)
+
+
 @pytest.mark.parametrize("name", ["logs", "logs/server.log"])
 def test_what_a_detached_server_says_goes_through_no_link(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
