@@ -1,8 +1,8 @@
 """One client's local steps of a round, rebuilt from base weights and logs alone: its virtual path (arXiv 2506.03337).
 
 The values after every step have the bits that the client had: it started from the round's state of the log and stepped
-along known directions by the scalars that it sent. Where it took several steps, the check that it sent with them proves
-it; where it took one, that the round's public scalars are the mean (or what the run takes for it) of those sent.
+along known directions by the scalars that it sent. These are proved by the round's public scalars, of which they are a
+part of the mean (or of what the run takes for it). Several steps are proved by the check that it sent with them, too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ClientPath:
         checks: 32-bit check of theta after each step.
         g: Scalars, float32 [T_k, P].
         loss: Each probe's view of the loss before the step, float64 [T_k, P]; nan where dropped.
-        checked: Whether the client's own check was compared; a single step is taken by all together, by the public log.
+        checked: Whether the client's own check was compared, too; it sends none of a single step.
     """
 
     client: int
@@ -65,7 +65,7 @@ class ClientPath:
 
 
 def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = None) -> ClientPath:
-    """Rebuild a client's local steps, and prove them by the check that it sent.
+    """Rebuild a client's local steps, and prove them by the public log and by the check that the client sent.
 
     Args:
         run_dir: The run folder; nothing else but the base model is needed.
@@ -75,7 +75,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
 
     Raises:
         ConfigError: The round is beyond the log, the client did not take part in it, or ``out`` is no place for a file.
-        ProtocolError: The logs do not lead to the checksum that the client sent.
+        ProtocolError: The logs do not belong together, or do not lead to the checksum that the client sent.
         RunFolderError: ``out`` cannot be written.
     """
     config = read_run(run_dir)
@@ -91,9 +91,9 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     record = cast(RoundRecord, log.records[round])
     g = entry.g
     replica = rebuild(run_dir, rounds=round).replica
-    space, drift = replica.space, replica.drift(client)
+    space, drift = replica.space, replica.drift(client, lr=line.lr)
     checked = len(g) > 1
-    if not checked:
+    if line.lr == record.lr:  # a calibration's record has zeros, which tell nothing
         _check_sum(line, record, config, own_columns=replica.walks_clients)
     checks, own = [], {"round": round, "owner": client, "directions": directions_of(config.fl)}
     about = {"client": str(client), "round": str(round), "lr": repr(line.lr)}
@@ -107,7 +107,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
             raise ProtocolError(
                 f"client {client}, round {round}: its local steps must lead to the checksum {entry.end_check:08x} "
                 f"that it sent, but they lead to {checks[-1]:08x}. The client did other steps than it "
-                "reported, or the audit log is from another run."
+                "reported, or the audit log was changed."
             )
     return ClientPath(client, round, line.lr, tuple(checks), g, entry.loss.astype(np.float64), checked)
 

@@ -27,7 +27,9 @@ def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], 
     """``factor`` times the median |g| over all clients' scalars of the last ``rounds`` rounds.
 
     A function of the logs alone, so a resumed run announces what an unbroken one would. Dropped probes measured
-    nothing, and the scalars of a round that only measured are of paths that were given up: both are left out.
+    nothing, and the scalars of a round that only measured are of paths that were given up: both are left out. Of a
+    round count the steps that all of its clients took: a client that is stopped early would else have less weight in
+    the median than one that sends more.
 
     Args:
         audit: Audit lines of the committed rounds.
@@ -40,16 +42,14 @@ def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], 
     """
     if factor == 0:
         return NO_BOUND
-    entries = [
-        entry
+    measured = [
+        entry.g[:common][~entry.dropped[:common]]
         for line, record in zip(audit[-rounds:], records[-rounds:], strict=True)
         if line.lr == record.lr  # a calibration's record has 0 instead
+        for common in [min((entry.steps for entry in line.clients), default=0)]
         for entry in line.clients
     ]
-    if not entries:
-        return NO_BOUND
-    dropped = np.concatenate([entry.dropped.ravel() for entry in entries])
-    scalars = np.abs(np.concatenate([entry.g.ravel() for entry in entries]).astype(np.float64))[~dropped]
+    scalars = np.abs(np.concatenate([*measured, np.zeros(0)]), dtype=np.float64)
     if scalars.size == 0:
         return NO_BOUND
     return float(np.float32(min(factor * float(np.median(scalars)), float(np.finfo(np.float32).max))))

@@ -10,13 +10,14 @@ import re
 import time
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedzo.errors import ProtocolError, printable, quoted
-from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, Hello, TrainRequest, decode, encode
+from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, Hello, TrainRequest, decode, encode, in_pieces
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -204,6 +205,7 @@ def converse(
     outbox: Outbox[int] = Outbox()
     reply_types: dict[int, type[Any]] = {}
     heard: set[int] = set()
+    cut = cache(in_pieces)  # what many are sent, once for all of them
     started = time.monotonic()
     ends = started + deadline_s
 
@@ -214,7 +216,7 @@ def converse(
     def push(questions: Mapping[int, Question]) -> None:
         messages = {}
         for client, question in questions.items():
-            messages[client] = message_of(question, node=nodes[client])
+            messages[client] = message_of(question, node=nodes[client], cut=cut)
             answers.traffic.down_bytes += message_bytes(messages[client].content)
             reply_types[client] = question.reply_type
         leave(outbox.push(grid, messages))
@@ -255,10 +257,10 @@ def converse(
     return answers
 
 
-def message_of(question: Question, *, node: int) -> Message:
-    """A question as Flower's message to a node."""
+def message_of(question: Question, *, node: int, cut: Callable[[bytes], list[ConfigRecord]] = in_pieces) -> Message:
+    """A question as Flower's message to a node, its long bytes as ``cut`` gives them."""
     message_type = MESSAGE_TYPES[type(question.request)]
-    return Message(encode(question.request), dst_node_id=node, message_type=message_type)
+    return Message(encode(question.request, cut=cut), dst_node_id=node, message_type=message_type)
 
 
 def read(message: Message, reply_type: type[R]) -> R:

@@ -70,12 +70,15 @@ class Limits:
         if size > (most := self.site.artifact_max_bytes):
             raise SiteError(Refusal.artifact, f"artifact_max_bytes is {most}, and the artifact has {size}")
 
-    def check_state(self, request: Sync, *, asked_values: bool = False) -> None:
+    def check_state(self, request: Sync, *, asked_values: bool = False) -> list[LogRecord]:
         """Refuse a state that the run cannot have, or a way to it that no round of the run can be.
 
         Args:
             request: Names the state.
             asked_values: Whether the client's replay of the log led elsewhere, so that it needs the values.
+
+        Returns:
+            The records of its log, read once.
         """
         self.check_artifact(request.space_id)
         if request.values and not (self.takes_values or asked_values):
@@ -87,9 +90,12 @@ class Limits:
         _within("from_round", request.from_round, 0, request.round)
         if len(request.chain) != 64:
             raise ProtocolError("chain must be 64 hexadecimal digits, got none")
+        records: list[LogRecord] = []
         for number, record in enumerate(unpack(request.log), start=request.from_round):
             _within("log: the round of a record", record.round, number, number)
             self._check_record(record)
+            records.append(record)
+        return records
 
     def check_steps(self, request: TrainRequest) -> None:
         """Refuse work that the run did not announce."""
@@ -105,16 +111,21 @@ class Limits:
         return float(np.float32(self.run.server_optimizer.base_lr))
 
     def _check_record(self, record: LogRecord) -> None:
-        what = f"log, round {record.round}:"
+        what, run = f"log, round {record.round}:", self.run
         _within(f"{what} lr", record.lr, 0.0, self._lr)
+        if isinstance(record, RoundRecord) is run.estimator.sends_vectors:
+            raise ProtocolError(f"{what} it must hold {'a vector' if run.estimator.sends_vectors else 'scalars'}")
         if not isinstance(record, RoundRecord):
             return  # its size is compared with the space's
-        run, (steps, probes, owners) = self.run, record.coefficients.shape
+        steps, probes, owners = record.coefficients.shape
         planned = run.estimator.probes_per_step
         _within(f"{what} the number of steps", steps, 1, self.most_steps)
         _within(f"{what} the number of probes", probes, planned, planned)
         _within(f"{what} the number of owners", owners, 1, run.fl.num_clients)
-        if record.owners != (SHARED,):
+        has_columns = directions_of(run.fl) != SHARED or run.server_optimizer.traits.walks_clients
+        if (record.owners == (SHARED,)) is has_columns:
+            raise ProtocolError(f"{what} it must hold scalars {'of each client' if has_columns else 'of all together'}")
+        if has_columns:
             ascending = all(one < other for one, other in zip(record.owners, record.owners[1:], strict=False))
             if not ascending or record.owners[-1] >= run.fl.num_clients:
                 raise ProtocolError(f"{what} owners must be clients of 0 to {run.fl.num_clients - 1}, ascending")

@@ -1,16 +1,15 @@
 """The messages of a federation: typed records, strictly read. Nothing in them is imported, evaluated or unpickled.
 
-Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 5. Long bytes follow
-in records of their own, since Flower sends a record as a whole.
-
-Every request names the client that it is for: a process may play several, and none of them says itself which it is.
+Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Long bytes follow in records of their
+own, since Flower sends a record as a whole. Every request names the client that it is for: a process may play several,
+and none of them says itself which it is.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from functools import cache
 from typing import Annotated, Any, TypeVar
@@ -269,16 +268,18 @@ class ArtifactReply:
     intact: bool = True
 
 
-def encode(message: Any) -> RecordDict:
+def in_pieces(value: bytes) -> list[ConfigRecord]:
+    """Long bytes in records of their own, which messages may share."""
+    return [ConfigRecord({PIECE: value[at : at + PIECE_BYTES]}) for at in range(0, len(value), PIECE_BYTES)]
+
+
+def encode(message: Any, *, cut: Callable[[bytes], list[ConfigRecord]] = in_pieces) -> RecordDict:
     """A message as Flower content. What is empty, which Flower cannot count, or as it is by default is left out."""
-    kind: Any = type(message)
-    plain: dict[str, Any] = {}
-    pieces: dict[str, ConfigRecord] = {}
-    for name, default in _left_out(kind).items():
+    plain, pieces = dict[str, Any](), dict[str, ConfigRecord]()
+    for name, default in _left_out(message.__class__).items():
         value = getattr(message, name)
         if isinstance(value, bytes) and len(value) > PIECE_BYTES:
-            for number, start in enumerate(range(0, len(value), PIECE_BYTES)):
-                pieces[PIECE_NAME.format(name, number)] = ConfigRecord({PIECE: value[start : start + PIECE_BYTES]})
+            pieces |= {PIECE_NAME.format(name, number): piece for number, piece in enumerate(cut(value))}
         elif value != default and value not in ("", b""):
             plain[name] = str(value) if isinstance(value, StrEnum) else value
     return RecordDict({RECORD: ConfigRecord(plain), **pieces})
@@ -287,8 +288,7 @@ def encode(message: Any) -> RecordDict:
 @cache
 def _left_out(kind: Any) -> dict[str, Any]:
     """By field the value that need not travel; a peer's own protocol and version always do."""
-    fields = dataclasses.fields(kind)
-    return {f.name: dataclasses.MISSING if f.name in ("protocol", "version") else f.default for f in fields}
+    return {f.name: MISSING if f.name in ("protocol", "version") else f.default for f in fields(kind)}
 
 
 def decode(kind: type[M], content: RecordDict) -> M:
@@ -331,7 +331,7 @@ def scalars_from_bytes(data: bytes, *, shape: tuple[int, ...], what: str) -> Sca
     """The inverse; ``ProtocolError`` if the length is not that of ``shape``."""
     if len(data) != (want := 4 * int(np.prod(shape))):
         raise ProtocolError(f"{what} must hold {want} bytes (float32 {list(shape)}), got {len(data)}")
-    return np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(shape)
+    return np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False).reshape(shape)
 
 
 def signs_to_bytes(g: Scalars) -> bytes:

@@ -13,7 +13,7 @@ from fedzo.errors import ProtocolError
 from fedzo.fl.messages import Status, Sync
 from fedzo.records.log import CommittedLine, Proof
 from fedzo.system import OnProgress, untold
-from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, extend_chain, unpack
+from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, extend_chain
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Space
 
@@ -60,10 +60,10 @@ class Replica:
         self._check: int | None = None  # of this position, as far as somebody has asked
         self._digest: str | None = None
 
-    def drift(self, client: int) -> Drift | None:
-        """The correction of a client's local steps in the coming round; None where they are plain SGD."""
+    def drift(self, client: int, *, lr: float) -> Drift | None:
+        """The correction of a client's local steps in the coming round, of this lr; None where they are plain SGD."""
         if isinstance(self._optimizer, ControlVariates):
-            return self._optimizer.drift(self.space.values(), self.moments, client)
+            return self._optimizer.drift(self.space.values(), self.moments, client, lr=lr)
         return None
 
     def advance(self, records: Sequence[LogRecord]) -> None:
@@ -164,8 +164,8 @@ class Replica:
         """The whole state, for a peer that cannot replay: theta, then the moments, float32, little endian."""
         return self.space.values().astype("<f4").tobytes() + self.moments.astype("<f4").tobytes()
 
-    def sync(self, request: Sync) -> Status:
-        """Reach the state that a request names, by its values or by its part of the log, and prove it by the hash."""
+    def sync(self, request: Sync, records: Sequence[LogRecord]) -> Status:
+        """Reach the state that a request names, by its values or the records of its log, and prove it by the hash."""
         if request.values:
             self._restore(request.values)
             self.position, self.chain = request.round, bytes.fromhex(request.chain)
@@ -176,7 +176,7 @@ class Replica:
                 self.reset()
             if request.from_round > self.position:
                 return Status.behind
-            self.advance(list(unpack(request.log)))
+            self.advance(records)
             if self.position != request.round:
                 raise ProtocolError(f"log: the records must lead to round {request.round}, got {self.position}")
         agrees = (

@@ -137,7 +137,8 @@ class AuditLine:
         lr: Learning rate of the local steps; that of the record is 0 where the round only measured.
         xi: The server's gradient along every direction, float64 [T, P, clients or 1]; None without a gradient.
         clients: Those that sent a usable reply, ascending.
-        refused: The others that were asked. Why is in the metrics: its words differ between runtimes, the log may not.
+        refused: The others that were asked, or would have been if they did not rest. Why is in the metrics: its words
+            differ between runtimes, the log may not.
     """
 
     round: RoundNumber

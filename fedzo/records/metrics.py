@@ -157,7 +157,7 @@ class Round:
         round_seconds: From the choice of clients to the mean of their answers; the model is moved after that.
         clip_bound: The announced bound of |g|; None = none.
         clipped: Scalars that lie on the bound.
-        absent: Clients that were asked and sent nothing usable; ``reasons`` says why.
+        absent: Clients that sent nothing usable, or rested when all are asked; ``reasons`` says why.
         clients: Empty where the store holds the record, as are ``reasons``: the file alone has them.
     """
 

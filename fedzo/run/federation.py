@@ -18,7 +18,7 @@ from fedzo.config.schema import RunConfig, first_evaluator
 from fedzo.config.travel import to_json
 from fedzo.data.config import TaskKind
 from fedzo.data.tasks import num_labels
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_store import RunStore, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
@@ -26,7 +26,8 @@ from fedzo.fl.server.scalar_updates import ScalarUpdates
 from fedzo.fl.server.updates import Updates
 from fedzo.fl.server.vector_updates import VectorUpdates
 from fedzo.models.memory import gradient_bytes, num_weights
-from fedzo.records.folder import REPORT, STOP
+from fedzo.records.folder import METRICS, REPORT, STOP
+from fedzo.records.lines import RESTORE
 from fedzo.records.metrics import (
     Estimate,
     FederatedScore,
@@ -112,11 +113,16 @@ class Federation:
         self._at = context.peer.workspace(launched.prepared.artifact, trial_rows=context.trial_rows)
         self._scores = Scores(context, self._at, store, self._sinks, self._progress, self._elapsed)
         self._server = self._make_server(grid)
+        stack.callback(vars(self).pop, "_server")  # which holds this in its turn, and all that the run has taken
 
     def run(self) -> None:
         """Scores before, rounds, scores after."""
         config, server, scores = self._config, self._server, self._scores
-        if setup := self._setup():
+        setup = self._setup()
+        if self._store.records and setup is None:
+            began = "what the run began with, its scores among them"
+            raise RunFolderError(f"{self._store.folder / METRICS}: it must hold {began}, got nothing. {RESTORE}")
+        if setup:
             server.client_registry.recall(setup.clients)
         self._context.check_rows(begun=setup is not None)
         # where one process plays all clients, one that is missing was lost on this very machine

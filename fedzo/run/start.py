@@ -14,7 +14,7 @@ from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings
 from fedzo.config.travel import from_json, to_json
 from fedzo.data.rows import RowSource, SimulatedRows
-from fedzo.errors import ConfigError, RunFolderError
+from fedzo.errors import ConfigError, RunFolderError, shell
 from fedzo.fl.log_store import RunStore
 from fedzo.models.config import BaseConfig
 from fedzo.models.loaded import LoadedModel
@@ -101,7 +101,7 @@ def read_begun(run_dir: Path) -> RunConfig:
         RunFolderError: It has not begun, or the file cannot be read.
         ConfigError: The file holds something else.
     """
-    remedy = f"It ended before its first round; `fedzo resume {run_dir}` begins it."
+    remedy = f"It ended before its first round; `{shell('fedzo resume', run_dir)}` begins it."
     try:
         return from_json(read_text(run_dir, RUN_FILE, remedy), RunConfig)
     except ConfigError as error:

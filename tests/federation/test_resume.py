@@ -16,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from fedzo.commands.train import resume_run
+from fedzo.commands.train import resume_run, start_or_resume_run
 from fedzo.commands.trained import replay_run
+from fedzo.config.load import load
+from fedzo.errors import RunFolderError
 from fedzo.fl.server.client_registry import ClientRegistry
-from fedzo.records.folder import STOP
+from fedzo.records.folder import FAILED, STOP
 from fedzo.report.html import write_report
 from fedzo.run.scores import Scores
 
@@ -162,6 +164,21 @@ def test_resuming_a_finished_run_changes_nothing_and_says_how_it_is_made_longer(
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "summary"
 
 
+def test_a_run_without_its_metrics_is_not_resumed_since_they_hold_its_scores_and_what_it_began_with(
+    run: Callable[..., Path],
+) -> None:
+    """It would compare no rows, forget who had registered, and take the best of the new scores for the run's best."""
+    folder = run("fl.rounds=2")
+    rows = {file.name: file.read_bytes() for file in (folder / "rows").iterdir()}
+    (folder / "metrics.jsonl").unlink()
+
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: it must hold what the run began with"):
+        resume_run(folder, rounds=3)
+
+    assert {file.name: file.read_bytes() for file in (folder / "rows").iterdir()} == rows
+    assert json.loads((folder / "run.json").read_text())["fl"]["rounds"] == 2
+
+
 def test_a_page_that_was_made_on_demand_is_not_left_behind_by_a_longer_run(run: Callable[..., Path]) -> None:
     folder = run("fl.rounds=2", "report=none")
     assert not (folder / "report.html").exists()
@@ -271,6 +288,40 @@ def test_an_interrupted_sweep_goes_on_and_leaves_finished_runs_alone(
     code, said = sweep("fl.batch_size=3")
     assert code == 1
     assert "holds a run of other settings" in said
+
+
+def test_an_interrupted_job_goes_on_where_the_repeated_command_says(
+    run: Callable[..., Path],
+    overrides: Callable[..., list[str]],
+    lines: Callable[..., list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    folder, taken = tmp_path / "run0", Scores.take
+
+    def take_and_stop(scores: Scores, split: Any, *, rounds: int) -> None:
+        (folder / STOP).touch()
+        taken(scores, split, rounds=rounds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scores, "take", take_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    (folder / FAILED).touch()  # as an earlier start would leave it
+    names = ("config.json", "config.yaml", "overrides.yaml")
+    before = [(folder / name).read_bytes() for name in names]
+    other, words = overrides("threads=2", "fl.batch_size=3"), overrides("threads=2")
+
+    with pytest.raises(RunFolderError, match="it holds a run of other settings"):
+        start_or_resume_run(load(other), folder, overrides=other)
+    assert [(folder / name).read_bytes() for name in names] == before
+    start_or_resume_run(load(words), folder, overrides=words)
+
+    for name in ("config.json", "site.json"):
+        assert json.loads((folder / name).read_text())["threads"] == 2
+    assert '"threads=2"' in (folder / "overrides.yaml").read_text()
+    assert not (folder / FAILED).exists()
+    assert lines(folder, "metrics.jsonl")[-1]["kind"] == "summary"
 
 
 def test_a_run_that_is_asked_to_stop_while_it_starts_stops_before_its_next_round_and_goes_on(

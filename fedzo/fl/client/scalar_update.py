@@ -62,7 +62,7 @@ class ScalarUpdate:
         dropped = np.zeros(g.shape, np.uint8)
         end_check = 0
         walks = request.steps > 1
-        drift = replica.drift(request.client) if walks else None
+        drift = replica.drift(request.client, lr=request.lr) if walks else None
         if walks:
             replica.space.mark()
         try:
@@ -268,9 +268,10 @@ class _Walks:
         taken, place = self._kept.get(client, (0, None))
         place = place or MasterSpace(self._start.clone(), space.distribution)
         if taken < (steps := len(self._sent[client])):
-            drift = self._replica.drift(client)
+            request = self._requests[client]
+            drift = self._replica.drift(client, lr=request.lr)
             for step in range(taken, steps):
-                self._take(place, self._requests[client], self._sent[client][step], step=step, drift=drift)
+                self._take(place, request, self._sent[client][step], step=step, drift=drift)
         if client in self._kept or len(self._kept) < self._room:
             self._kept[client] = steps, place
         return place.master - self._start

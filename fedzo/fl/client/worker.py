@@ -267,12 +267,12 @@ class ClientWorker:
                 f"config hash must be {self.identity.config_hash[:12]}, got {request.config_hash[:12]}. "
                 "Start server and clients with the same configuration."
             )
-        self._limits.check_state(request, asked_values=request.client in self._asked_values)
+        records = self._limits.check_state(request, asked_values=request.client in self._asked_values)
         if self._workspace is None:
             if (artifact := self._artifacts.find(request.space_id)) is None:
                 return None, Status.bare
             self._workspace = self._clients.workspace(artifact, asked=request.client)
-        status = self._workspace.replica.sync(request)
+        status = self._workspace.replica.sync(request, records)
         if status is Status.mismatch:
             self._asked_values.add(request.client)
         elif status is Status.ok and request.log:  # not by values, whose request may come twice

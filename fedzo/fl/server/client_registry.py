@@ -27,6 +27,7 @@ from fedzo.records.presence import ClientPresence, Presence
 log = logging.getLogger(__name__)
 RETRY_S = 10.0  # after which a node that was not let in is greeted again; twice as long after each further greeting
 SILENT_S = 60.0  # the same for a node that has said nothing: it may load its model, or has lost the greeting
+MOST_RETRY_S = 600.0  # the longest such pause: who is mended after days need not wait for days more
 PREPARING_S = 5.0  # the same for one that prepares its rows, every time
 TELL_S = 300.0  # how often the log says how far such a client is
 LOOK_S = 1.0  # how often new nodes are looked for beside a round
@@ -114,12 +115,11 @@ class ClientRegistry:
                 log.warning(told, missing, now - started)
                 return
             if hopeless:
-                raise ConfigError("; ".join(self._reasons[self._places[k].node] for k in missing[:MOST_REASONS]))
+                raise ConfigError(some_of([self._reasons[self._places[k].node] for k in missing]))
             known = [self._reasons[node] for node in sorted(self._reasons)]
             known += [f"client {k} is {at.preparing}" for k, at in sorted(self._places.items()) if at.preparing]
             known += [f"client {k} has not answered, and may still work on an earlier request" for k in busy]
-            more = [f"and {len(known) - MOST_REASONS} more"] if len(known) > MOST_REASONS else []
-            reasons = "; ".join([*known[:MOST_REASONS], *more])
+            reasons = some_of(known)
             remedy = "Wait for them" if missing == busy else "Start them"
             lower = ", raise strategy.startup_s, or lower fl.num_clients" if fewest is None else ""
             raise ProtocolError(
@@ -222,7 +222,7 @@ class ClientRegistry:
                 why=self._why(place),
             )
             messages[client] = message_of(Question(hello, HelloReply), node=place.node)
-            place.due = now + (RETRY_S if place.silence else SILENT_S) * 2**place.greetings
+            place.due = now + _pause_s(RETRY_S if place.silence else SILENT_S, place.greetings)
             place.greetings += 1
         for client in self._outbox.push(grid, messages):
             self._failed(client, f"node {self._places[client].node} did not register: not connected")
@@ -271,7 +271,7 @@ class ClientRegistry:
     def _failed(self, client: int, reason: str, *, unable: bool = False) -> None:
         """A greeting that did not let a node in is repeated, less and less often."""
         place = self._places[client]
-        place.due = time.monotonic() + RETRY_S * 2 ** (place.greetings - 1)
+        place.due = time.monotonic() + _pause_s(RETRY_S, place.greetings - 1)
         place.unable, place.preparing = unable, None
         self._tell(place.node, reason)
 
@@ -331,3 +331,14 @@ class ClientRegistry:
     def _gets_on(self, *, since: float) -> bool:
         """Whether a client that is not here yet has prepared more rows since then, whatever became of its node."""
         return any(at.preparing and self._most[client][1] >= since for client, at in self._places.items())
+
+
+def some_of(reasons: Sequence[str]) -> str:
+    """As many of them as a person reads, and how many more there are."""
+    more = [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
+    return "; ".join([*reasons[:MOST_REASONS], *more])
+
+
+def _pause_s(first_s: float, doublings: int) -> float:
+    """Until the next greeting; a run of weeks has more of them than a float has powers of 2."""
+    return min(MOST_RETRY_S, first_s * 2.0 ** min(doublings, 10))

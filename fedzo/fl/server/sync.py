@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from fedzo.errors import ProtocolError
@@ -65,11 +66,12 @@ class StateSync:
 
         All of it ends at the deadline. Replies come in the order of the clients, unless ``faults`` shuffle them.
         """
-        state, registry = self._state(), self.client_registry
+        registry = self.client_registry
+        fields = cache(partial(self._fields, self._state()))  # clients at one place are sent one object, not copies
         registry.pace.asked(requests)
         answers = converse(
             self.grid,
-            {client: self._talk(client, request, state, reply_type) for client, request in requests.items()},
+            {client: self._talk(client, request, fields, reply_type) for client, request in requests.items()},
             nodes=registry.nodes,
             deadline_s=self.config.strategy.deadline_s,
             beside=self._beside,
@@ -92,25 +94,28 @@ class StateSync:
         self.client_registry.pace.answered(seconds)
         self.beside()
 
-    def _talk(self, client: int, request: Request, state: Mapping[str, Any], reply_type: type[Reply]) -> Talk[Reply]:
-        """Ask one client, and help it to the server's state until it can answer."""
+    def _talk(
+        self, client: int, request: Request, fields: Callable[[int, bool], Mapping[str, Any]], reply_type: type[Reply]
+    ) -> Talk[Reply]:
+        """Ask one client, and help it to the server's state until it can answer. Nothing that was sent is kept."""
         start, values, was_told = self._acked.get(client, 0), False, False
         for _ in range(ATTEMPTS):
-            filled = self._fill(request, state, start=start, values=values)
-            reply = yield Question(filled, reply_type)
+            by_values = values or self._sends_values(start)
+            from_round = self._round if by_values else start
+            reply = yield Question(replace(request, **fields(from_round, by_values)), reply_type)
             match reply.status:
                 case Status.ok:
                     self._acked[client] = self._round
-                    if filled.log:  # its replay is the server's
+                    if from_round < self._round:  # its replay is the server's
                         self._given_values.discard(client)
                     return cast(Reply, reply)
                 case Status.bare:
                     yield from deliver(self.artifact, client=client)
                     start, was_told = 0, True
                 case Status.behind:
-                    if reply.position >= filled.from_round:
+                    if reply.position >= from_round:
                         raise ProtocolError(
-                            f"position: a client that is behind must be before round {filled.from_round}, where the "
+                            f"position: a client that is behind must be before round {from_round}, where the "
                             f"log that it was sent begins, got {reply.position}"
                         )
                     self._given_values.discard(client)  # behind what it acknowledged: a new process
@@ -137,18 +142,15 @@ class StateSync:
     def _round(self) -> int:
         return len(self.store.records)
 
-    def _fill(self, request: Request, state: Mapping[str, Any], *, start: int, values: bool) -> Request:
-        """Add to a request what state its client must reach, and how: the log from a round on, or the values."""
-        number = self._round
-        values = values or (self.config.fl.transport is Transport.values and number > 0)
-        values = values or self.replica.is_shorter_than(self.store.records[start:])
-        return replace(
-            request,
-            **state,
-            from_round=number if values else start,
-            log=b"" if values else self._log_from(start),
-            values=self.replica.snapshot() if values else b"",
-        )
+    def _sends_values(self, start: int) -> bool:
+        """Whether a client that was last at a round is sent the values, unasked, and not the log."""
+        always = self.config.fl.transport is Transport.values and self._round > 0
+        return always or self.replica.is_shorter_than(self.store.records[start:])
+
+    def _fields(self, state: Mapping[str, Any], from_round: int, by_values: bool) -> Mapping[str, Any]:
+        """What requests say of the state that clients must reach, and how: the log from a round on, or the values."""
+        way = {"values": self.replica.snapshot()} if by_values else {"log": self._log_from(from_round)}
+        return {**state, "from_round": from_round, **way}
 
     def _log_from(self, start: int) -> bytes:
         """The records from a round on, as they travel; those of scalars are packed once for all clients."""

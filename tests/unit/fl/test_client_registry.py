@@ -272,3 +272,26 @@ def test_another_result_of_its_stages_is_not_let_in_again(clock: Any, caplog: py
 
     with pytest.raises(ProtocolError, match="what its stages made of them"):
         registry.wait(Grid(clock, [lambda now: READY]), timeout_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "pauses", "looks"),
+    [
+        (HelloReply(config_hash=IDENTITY.config_hash, refusal=Refusal.rows), [10, 20, 40, 80, 160, 320], 1300),
+        (None, [60, 120, 240, 480], 150),
+    ],
+    ids=["refuses", "says nothing"],
+)
+def test_a_client_that_is_mended_after_days_is_asked_within_minutes(
+    clock: Any, answer: HelloReply | None, pauses: list[float], looks: int
+) -> None:
+    """A refusal every ten minutes for a week, and there are more of them than a float has powers of two."""
+    grid, registry = Grid(clock, [lambda now: answer]), ClientRegistry(num_clients=1, identity=IDENTITY)
+
+    for _ in range(looks):
+        registry.refresh(grid)
+        clock.now += 10.0 if len(grid.greeted[0]) <= len(pauses) else 600.0
+
+    gaps = [after - before for before, after in zip(grid.greeted[0], grid.greeted[0][1:], strict=False)]
+    assert len(gaps) == len(pauses) + looks - 1 - sum(pauses) / 10
+    assert gaps == pauses + [600.0] * (len(gaps) - len(pauses))

@@ -35,6 +35,15 @@ def test_the_bound_is_a_multiple_of_the_median_over_clients_steps_and_probes() -
     assert bound_of(audit, factor=3.0, rounds=10) == 13.5
 
 
+def test_of_a_round_count_the_steps_that_all_of_its_clients_took() -> None:
+    """Who is stopped after a step has the weight of the others: four of twelve cannot decide the median."""
+    stopped, honest, hostile = [[1.0]], [[1.0]] * 10, [[100.0]] * 10
+    audit = [line(*[stopped] * 5, *[honest] * 3, *[hostile] * 4)]
+
+    assert bound_of(audit, factor=100.0, rounds=1) == 100.0
+    assert bound_of([*audit, line([[3.0], [5.0]])], factor=1.0, rounds=2) == 1.0  # other rounds count theirs
+
+
 def test_only_the_last_rounds_count() -> None:
     audit = [line([[100.0]]), line([[1.0]]), line([[3.0]])]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
+from fedzo.fl import messages
 from fedzo.fl.exchange import Outbox, Question, Talk, Traffic, converse
 from fedzo.fl.messages import (
     ArtifactPiece,
@@ -17,6 +18,7 @@ from fedzo.fl.messages import (
     HelloReply,
     TrainReply,
     TrainRequest,
+    decode,
     encode,
 )
 
@@ -198,3 +200,29 @@ def test_what_is_asked_travels_by_its_type_and_bytes_are_counted_as_flower_count
     assert types == ["query.hello", "query.artifact", "evaluate", "train"]
     assert (answers.traffic.up_bytes, answers.traffic.down_bytes) == (count(replies), count(requests))
     assert answers.traffic + Traffic(1, 2) == Traffic(count(replies) + 1, count(requests) + 2)
+
+
+@pytest.mark.usefixtures("clock")
+def test_long_bytes_that_several_are_sent_are_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of a model's values for each client would not fit in memory, nor would Flower know that they are alike."""
+    monkeypatch.setattr(messages, "PIECE_BYTES", 4)
+    pushed: list[Message] = []
+
+    class Silent(Carrier):
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            pushed.extend(messages)
+            return [str(message.metadata.dst_node_id) for message in messages]
+
+    def talk(request: TrainRequest) -> Talk[TrainReply]:
+        return (yield Question(request, TrainReply))
+
+    shared = bytes(range(10))
+    requests = [TrainRequest(client=client, log=shared if client < 2 else b"another log") for client in range(3)]
+    nodes = {client: 7 + client for client in range(3)}
+    converse(Silent(), {client: talk(requests[client]) for client in nodes}, nodes=nodes, deadline_s=1.0)
+
+    one, other, third = (message.content for message in pushed)
+    pieces = [f"log {number:08}" for number in range(3)]
+    assert sorted(one) == sorted(third) == [messages.RECORD, *pieces]
+    assert all(one[name] is other[name] for name in pieces)
+    assert [decode(TrainRequest, message.content) for message in pushed] == requests

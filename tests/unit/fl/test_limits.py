@@ -19,10 +19,10 @@ from fedzo.fl.messages import Refusal, TrainRequest
 from fedzo.fl.site_limits import SiteError
 from fedzo.models.config import BaseConfig
 from fedzo.zo.directions import SHARED
-from fedzo.zo.estimator import TwoPointConfig
-from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, pack
+from fedzo.zo.estimator import BackpropConfig, TwoPointConfig
+from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, VectorRecord, pack
 from fedzo.zo.seeds import OWN
-from fedzo.zo.server_optimizer import SgdConfig
+from fedzo.zo.server_optimizer import ScaffoldConfig, SgdConfig
 
 RUN = RunConfig(
     base=BaseConfig(label="m", weights_digest="", tokenizer_digest="", architecture_digest=""),
@@ -32,6 +32,7 @@ RUN = RunConfig(
     server_optimizer=SgdConfig(lr=0.1),
 )
 LIMITS = Limits(run=RUN, site=SiteFile())
+WALKED = replace(LIMITS, run=replace(RUN, server_optimizer=ScaffoldConfig(lr=0.1)))
 REQUEST = TrainRequest(
     client=2,
     space_id="a" * 64,
@@ -51,9 +52,10 @@ def record(**fields: Any) -> RoundRecord:
 
 
 def test_what_the_run_announced_passes() -> None:
-    own = replace(record(shape=(5, 2, 3)), owners=(0, 1, 2), directions=SHARED)
-    for each in (record(), own, record(lr=0.0, shape=(1, 2, 1))):
+    for each in (record(), record(lr=0.0, shape=(1, 2, 1))):
         LIMITS.check_state(replace(REQUEST, log=pack([each])))
+    own = record(shape=(5, 2, 3), owners=(0, 1, 2), directions=SHARED)
+    WALKED.check_state(replace(REQUEST, log=pack([own])))
     LIMITS.check_steps(REQUEST)
     LIMITS.check_state(replace(REQUEST, round=6, from_round=6))  # scores after the last round
 
@@ -92,14 +94,39 @@ def test_work_beyond_what_the_run_announced_is_refused(fields: dict[str, Any], m
         ({"log": pack([record(shape=(6, 2, 1))])}, "the number of steps must be 1 to 5 in this run, got 6"),
         ({"log": pack([record(shape=(5, 3, 1))])}, "the number of probes must be 2 to 2 in this run, got 3"),
         ({"log": pack([record(shape=(5, 2, 4), owners=(0, 1, 2, 3))])}, "the number of owners must be 1 to 3"),
-        ({"log": pack([record(shape=(5, 2, 2), owners=(1, 1))])}, "owners must be clients of 0 to 2, ascending"),
-        ({"log": pack([record(shape=(5, 2, 1), owners=(3,))])}, "owners must be clients of 0 to 2"),
-        ({"log": pack([record(owners=(1,), directions=OWN)])}, "directions must be 4294967295, got 0"),
     ],
 )
 def test_a_state_that_the_run_cannot_have_is_refused(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ProtocolError, match=match):
         LIMITS.check_state(replace(REQUEST, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"shape": (5, 2, 2), "owners": (1, 1)}, "owners must be clients of 0 to 2, ascending"),
+        ({"owners": (3,)}, "owners must be clients of 0 to 2"),
+        ({"owners": (1,), "directions": OWN}, "directions must be 4294967295, got 0"),
+    ],
+)
+def test_columns_that_are_not_those_of_the_runs_clients_are_refused(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(ProtocolError, match=match):
+        WALKED.check_state(replace(REQUEST, log=pack([record(**fields)])))
+
+
+def test_records_that_the_run_cannot_have_are_refused_before_anything_moves_along_them() -> None:
+    """A vector would move the model anywhere, and columns of clients along directions that the run does not have."""
+    vector = VectorRecord.of(np.ones(4, np.float32), round=1, lr=0.05)
+    shared, columns = record(), record(shape=(5, 2, 2), owners=(0, 2), directions=SHARED)
+
+    for limits, refused, match in (
+        (LIMITS, vector, "log, round 1: it must hold scalars"),
+        (replace(LIMITS, run=replace(RUN, estimator=BackpropConfig())), shared, "log, round 1: it must hold a vector"),
+        (LIMITS, columns, "log, round 1: it must hold scalars of all together"),
+        (WALKED, shared, "log, round 1: it must hold scalars of each client"),
+    ):
+        with pytest.raises(ProtocolError, match=match):
+            limits.check_state(replace(REQUEST, log=pack([refused])))
 
 
 def test_values_in_place_of_the_log_must_have_been_asked_for() -> None:

@@ -12,7 +12,7 @@ from fedzo.fl.messages import Status, Sync
 from fedzo.fl.replica import ON_RECORD, Replica
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED
-from fedzo.zo.log import RoundRecord, pack
+from fedzo.zo.log import RoundRecord, pack, unpack
 from fedzo.zo.server_optimizer import Adam, Momentum, ServerOptimizer, Sgd
 
 SGD = Sgd()
@@ -52,17 +52,22 @@ def request(position: int, from_round: int, rule: ServerOptimizer = SGD, **chang
     return Sync(**fields)
 
 
+def sync(replica: Replica, asked: Sync) -> Status:
+    """What a client does with a request."""
+    return replica.sync(asked, [*unpack(asked.log)])
+
+
 def test_a_late_joiner_with_nothing_but_the_log_gets_the_server_s_bits() -> None:
     late = new_replica()
 
-    assert late.sync(request(6, 0)) is Status.ok
+    assert sync(late, request(6, 0)) is Status.ok
     assert np.array_equal(late.space.values(), server_at(6).space.values())
 
 
 def test_records_that_were_applied_are_skipped() -> None:
     replica = server_at(4)
 
-    assert replica.sync(request(6, 1)) is Status.ok
+    assert sync(replica, request(6, 1)) is Status.ok
     assert replica.position == 6
 
 
@@ -73,7 +78,7 @@ def test_each_record_that_was_applied_is_told_to_whoever_watches_the_time() -> N
 
     try:
         for each in requests:
-            replica.sync(each)
+            sync(replica, each)
     finally:
         ON_RECORD.reset(before)
 
@@ -84,29 +89,29 @@ def test_a_gap_in_the_log_is_behind_and_moves_nothing() -> None:
     replica = server_at(2)
     before = replica.space.digest()
 
-    assert replica.sync(request(6, 3)) is Status.behind
+    assert sync(replica, request(6, 3)) is Status.behind
     assert (replica.position, replica.space.digest()) == (2, before)
 
 
 def test_an_earlier_round_is_reached_from_the_base() -> None:
     replica = server_at(5)
 
-    assert replica.sync(request(3, 2)) is Status.behind  # back at the base, it needs the log from 0
-    assert replica.sync(request(3, 0)) is Status.ok
+    assert sync(replica, request(3, 2)) is Status.behind  # back at the base, it needs the log from 0
+    assert sync(replica, request(3, 0)) is Status.ok
     assert np.array_equal(replica.space.values(), server_at(3).space.values())
 
 
 @pytest.mark.parametrize("changes", [{"chain": "00"}, {"check": 1}, {"digest": "00"}])
 def test_any_hash_that_differs_is_a_mismatch(changes: dict[str, object]) -> None:
-    assert server_at(4).sync(request(6, 4, **changes)) is Status.mismatch
+    assert sync(server_at(4), request(6, 4, **changes)) is Status.mismatch
 
 
 def test_a_damaged_client_is_found_out_and_healed_by_values() -> None:
     replica = server_at(5)
     replica.space.theta[7] += np.float32(0.25)
 
-    assert replica.sync(request(6, 5)) is Status.mismatch
-    assert replica.sync(request(6, 6, values=server_at(6).space.values().tobytes())) is Status.ok
+    assert sync(replica, request(6, 5)) is Status.mismatch
+    assert sync(replica, request(6, 6, values=server_at(6).space.values().tobytes())) is Status.ok
     assert np.array_equal(replica.space.values(), server_at(6).space.values())
 
 
@@ -114,23 +119,23 @@ def test_damage_after_a_check_is_found_before_the_next_round() -> None:
     """As by a client's steps that do not come back to the bits that they started from."""
     client, server = server_at(5), server_at(5)
     for replica in (client, server):
-        assert replica.sync(request(5, 5)) is Status.ok
+        assert sync(replica, request(5, 5)) is Status.ok
         replica.space.theta[7] += np.float32(0.25)
 
     with pytest.raises(ProtocolError, match=r"round 5: the trained values must come back to their bits"):
         server.advance(LOG[5:6])
-    assert client.sync(request(6, 5)) is Status.mismatch
-    assert client.sync(request(6, 6, values=server_at(6).space.values().tobytes())) is Status.ok
+    assert sync(client, request(6, 5)) is Status.mismatch
+    assert sync(client, request(6, 6, values=server_at(6).space.values().tobytes())) is Status.ok
     assert np.array_equal(client.space.values(), server_at(6).space.values())
 
 
 def test_values_of_the_wrong_length_and_logs_that_lead_elsewhere_are_refused() -> None:
     with pytest.raises(ProtocolError, match="values must hold 132 bytes, got 4"):
-        new_replica().sync(request(6, 6, values=b"1234"))
+        sync(new_replica(), request(6, 6, values=b"1234"))
     with pytest.raises(ProtocolError, match="must lead to round 6, got 5"):
-        server_at(3).sync(request(6, 3, log=pack(LOG[3:5])))
+        sync(server_at(3), request(6, 3, log=pack(LOG[3:5])))
     with pytest.raises(ProtocolError, match="the next record must be round 3, got round 4"):
-        server_at(3).sync(request(6, 3, log=pack(LOG[4:6])))
+        sync(server_at(3), request(6, 3, log=pack(LOG[4:6])))
 
 
 def test_goto_walks_both_ways() -> None:
@@ -158,7 +163,7 @@ def same_state(one: Replica, other: Replica) -> bool:
 def test_the_log_alone_leads_to_the_same_values_and_moments(rule: ServerOptimizer) -> None:
     late = new_replica(rule)
 
-    assert late.sync(request(6, 0, rule)) is Status.ok
+    assert sync(late, request(6, 0, rule)) is Status.ok
     assert same_state(late, server_at(6, rule))
     assert np.abs(late.moments).min() > 0
 
@@ -183,8 +188,8 @@ def test_wrong_moments_are_found_at_once_and_healed_with_the_values(rule: Server
     replica.moments[-1, 7] += np.float32(0.25)  # theta itself is right
     assert replica.space.digest() == server_at(5, rule).space.digest()
 
-    assert replica.sync(request(5, 5, rule)) is Status.mismatch
-    assert replica.sync(request(6, 6, rule, values=server.snapshot())) is Status.ok
+    assert sync(replica, request(5, 5, rule)) is Status.mismatch
+    assert sync(replica, request(6, 6, rule, values=server.snapshot())) is Status.ok
     assert same_state(replica, server)
 
     replica.advance([RoundRecord(round=6, lr=0.5, owners=(SHARED,), coefficients=np.ones((1, 1, 1), np.float32))])
@@ -202,7 +207,7 @@ def test_a_snapshot_is_theta_then_moments_and_no_other_length_is_taken(rule: Ser
     assert np.array_equal(np.frombuffer(snapshot, "<f4"), [*server.space.values(), *server.moments.ravel()])
     for wrong in (snapshot[:-4], snapshot + bytes(4), bytes(132 if length != 132 else 264)):
         with pytest.raises(ProtocolError, match=f"values must hold {length} bytes, got {len(wrong)}"):
-            new_replica(rule).sync(request(4, 4, rule, values=wrong))
+            sync(new_replica(rule), request(4, 4, rule, values=wrong))
 
 
 def test_the_check_is_that_of_theta_where_nothing_is_remembered_and_covers_the_whole_state_otherwise() -> None:

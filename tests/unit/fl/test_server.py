@@ -19,8 +19,10 @@ from flwr.app.message.message import make_message
 
 from fedzo.config.schema import RunSettings
 from fedzo.errors import ConfigError, PluginError, ProtocolError, RunFolderError
+from fedzo.fl import log_store
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
+from fedzo.fl.log_files import read_vector
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import (
     RECORD,
@@ -58,7 +60,7 @@ from fedzo.records.presence import Presence
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.log import unpack
+from fedzo.zo.log import pack, unpack
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
     AdamConfig,
@@ -115,7 +117,7 @@ class Client:
         if request.space_id != hashlib.sha256(self.artifact).hexdigest():
             return TrainReply(status=Status.bare)
         self.replica = self.replica or new_replica(self.rule)
-        status = self.replica.sync(request)
+        status = self.replica.sync(request, [*unpack(request.log)])
         if status is not Status.ok:
             return TrainReply(status=status, position=self.replica.position)
         g = np.asarray(self.g_of(request), np.float32).reshape(request.steps, 1)
@@ -675,13 +677,35 @@ def test_value_transport_sends_the_values_each_round_and_no_log(federation: Any)
     assert [len(request.log) for request in clients[0].requests] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("transport", list(Transport))
+def test_clients_at_one_place_are_sent_one_and_the_same_object(federation: Any, transport: Transport) -> None:
+    """Logs and values may be as long as the model. The last client has not reached the second round."""
+    server, clients, _ = federation(transport=transport)
+    server.run_round()
+    clients[2].bend = lambda reply: TrainReply(status=Status.behind, position=9)
+    server.run_round()
+    clients[2].bend = lambda reply: reply
+    server.run_round()
+
+    one, other, late = (client.requests[2] for client in clients)
+    assert means(server) == [2.0, 1.5, 2.0]
+    if transport is Transport.values:
+        assert len(one.values) == 36
+        assert one.values is other.values
+        assert one.values is late.values
+    else:
+        assert one.log == pack(server.store.records[1:2])
+        assert one.log is other.log
+        assert late.log == pack(server.store.records[:2])
+
+
 def make_vectors(server: Server, clients: list[Client]) -> None:
     """Let all send vectors: a client moves each value by its index plus one, a step."""
 
     def train(client: Client, request: TrainRequest) -> Any:
         client.requests.append(request)
         client.replica = client.replica or new_replica()
-        status = client.replica.sync(request)
+        status = client.replica.sync(request, [*unpack(request.log)])
         change = np.full(len(BASE), (client.index + 1) * request.steps, np.float32)
         loss = np.ones(request.steps, np.float32)
         return VectorReply(
@@ -719,6 +743,25 @@ def test_vectors_are_followed_record_by_record_and_a_late_client_gets_the_values
     rounds = [record for record in server.sink.records if isinstance(record, Round)]
     assert [record.payload_up_bytes for record in rounds] == [2 * vector] * 3 + [3 * vector]
     assert [record.payload_down_bytes for record in rounds] == [2 * vector] * 3 + [(1 + 1 + 2) * vector]
+
+
+def test_a_round_reads_the_vector_that_it_sends_once(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many clients are sent it."""
+    reads: list[int] = []
+
+    def counted(folder: Path, digest: str, round: int, size: int) -> Any:
+        reads.append(round)
+        return read_vector(folder, digest, round, size)
+
+    monkeypatch.setattr(log_store, "read_vector", counted)
+    server, clients, _ = federation()
+    make_vectors(server, clients)
+
+    for _ in range(3):
+        server.run_round()
+
+    assert reads == [0, 1]
+    assert clients[0].requests[2].log == clients[1].requests[2].log == pack(server.store.records[1:2])
 
 
 def test_a_vector_that_cannot_be_used_is_excluded_and_named(federation: Any) -> None:
@@ -1406,6 +1449,17 @@ def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Any) -> None
         server.run_round()
 
     assert len(server.store.records) == 1
+
+
+def test_an_error_tells_as_many_reasons_as_a_person_reads(federation: Any) -> None:
+    server, clients, _ = federation(20)
+    for client in clients:
+        client.bend = lambda reply: TrainReply(g=b"1")
+
+    with pytest.raises(FederationError, match=r"client 7: .*; and 12 more\)\. The log is kept") as caught:
+        server.run_round()
+
+    assert "client 8:" not in str(caught.value)
 
 
 @pytest.mark.parametrize("seeds", [Seeds.shared, Seeds.per_client])

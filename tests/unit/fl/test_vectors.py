@@ -42,9 +42,11 @@ def reply(change: Any = (3, 4, 0, 0, 0), loss: Any = (0.5, 0.25)) -> VectorReply
 
 
 def test_a_good_reply_is_its_numbers() -> None:
-    result = updates().check(reply(loss=[0.5, np.nan]), REQUEST)
+    sent = reply(loss=[0.5, np.nan])
+    result = updates().check(sent, REQUEST)
 
     assert result.change.tolist() == [3, 4, 0, 0, 0]
+    assert np.shares_memory(result.change, np.frombuffer(sent.change, np.uint8))  # a server holds each once
     assert result.dropped.tolist() == [False, True]
     assert result.payload_bytes == 4 * SIZE
     assert result.norm == 5.0 / (0.5 * 2)

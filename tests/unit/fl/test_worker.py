@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedzo.config.schema import RunConfig, SiteFile
@@ -14,8 +15,14 @@ from fedzo.errors import ProtocolError
 from fedzo.fl.client.worker import ClientData, ClientWorker, log_failure
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.limits import Limits
-from fedzo.fl.messages import Hello, Identity, Status, TrainReply, TrainRequest
+from fedzo.fl.messages import Hello, Identity, Status, TrainReply, TrainRequest, VectorReply
+from fedzo.fl.replica import Replica
 from fedzo.models.config import BaseConfig
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo import log as zo_log
+from fedzo.zo.estimator import BackpropConfig
+from fedzo.zo.log import VectorRecord, checked_vector, pack
+from fedzo.zo.server_optimizer import Sgd, SgdConfig
 
 IDENTITY = Identity(config_hash="a" * 64, base_digest="b" * 64, tokenizer_digest="c" * 64, task_digest="e" * 64)
 RUN = RunConfig(
@@ -56,7 +63,7 @@ def test_how_many_rows_were_cut_is_a_count_as_any_other(min_rows: int, told: tup
 def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_one_leads_right() -> None:
     asked: list[tuple[int, bool]] = []
     statuses = iter([Status.ok, Status.mismatch, *[Status.ok] * 6])
-    workspace: Any = SimpleNamespace(replica=SimpleNamespace(sync=lambda request: next(statuses), position=0))
+    workspace: Any = SimpleNamespace(replica=SimpleNamespace(sync=lambda request, records: next(statuses), position=0))
     artifacts: Any = SimpleNamespace(find=lambda digest: True)
     limits: Any = SimpleNamespace(
         run=RUN,
@@ -81,3 +88,41 @@ def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_one
         *((0, True), (0, True)),
         *((0, True), (0, True), (0, False)),
     ]
+
+
+def test_a_vector_is_unpacked_and_hashed_once_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def counted(data: Any, *, digest: str, what: str) -> Any:
+        hashed.append(what)
+        return checked_vector(data, digest=digest, what=what)
+
+    monkeypatch.setattr(zo_log, "checked_vector", counted)
+    spaces = [VectorSpace(np.zeros(3, np.float32)) for _ in range(2)]
+    server, replica = (Replica(each, server_optimizer=Sgd(), reset=lambda: None, run_seed=1) for each in spaces)
+    record = VectorRecord.of(np.array([1, -2, 4], np.float32), round=0, lr=0.5)
+    server.advance([record])
+    run = replace(RUN, estimator=BackpropConfig(), server_optimizer=SgdConfig(lr=0.5))
+    workspace: Any = SimpleNamespace(replica=replica)
+    update: Any = SimpleNamespace(reply_type=VectorReply, make=lambda at, request: VectorReply(position=7))
+    clients: Any = SimpleNamespace(prepare=lambda client: None, workspace=lambda artifact, asked: workspace)
+    artifacts: Any = SimpleNamespace(find=lambda digest: True)
+    limits = Limits(run=run, site=SiteFile())
+    worker = ClientWorker(IDENTITY, update, clients, limits=limits, evaluators={}, artifacts=artifacts)
+
+    reply = worker.train(
+        TrainRequest(
+            client=0,
+            config_hash="a" * 64,
+            space_id="e" * 64,
+            round=1,
+            log=pack([record]),
+            chain=server.chain.hex(),
+            check=server.check(),
+            lr=0.5,
+        )
+    )
+
+    assert reply == VectorReply(position=7)
+    assert replica.space.values().tolist() == [-1, 2, -4]
+    assert hashed == ["log: the vector of round 0"]
