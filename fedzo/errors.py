@@ -6,6 +6,7 @@ Each message says where, what must hold, what was got, and what to do.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
@@ -53,6 +54,16 @@ def printable(text: str, *, most: int = 400) -> str:
 def quoted(words: str) -> str:
     """Words of another machine, marked as such."""
     return '"' + printable(words.replace('"', "'"), most=300) + '"'
+
+
+def shell(command: str, *arguments: object) -> str:
+    """A command that a message gives, as it can be pasted: a folder's name may hold spaces.
+
+    Example:
+        >>> shell("fedzo resume", "runs/my run")
+        "fedzo resume 'runs/my run'"
+    """
+    return f"{command} {shlex.join(map(str, arguments))}"
 
 
 def some(names: list[str]) -> str:

@@ -20,7 +20,7 @@ from fedzo.cli.arguments import Handler
 from fedzo.cli.commands import add_machine_commands, add_run_commands
 from fedzo.cli.models import add_model_commands
 from fedzo.cli.sites import add_site_commands
-from fedzo.errors import ConfigError, FedzoError, printable
+from fedzo.errors import ConfigError, FedzoError, printable, shell
 from fedzo.system import keep_loopback_direct, package_problems, quiet_libraries
 
 RUN_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -73,7 +73,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return RUN_FAILED
     except KeyboardInterrupt as stop:
         run = getattr(arguments, "run", None)
-        command = stop.args[0] if stop.args else f"fedzo resume {run}" if run else ""
+        command = stop.args[0] if stop.args else shell("fedzo resume", run) if run else ""
         hint = f" Continue with: {command}" if arguments.resumable and command else ""
         print(f"\nfedzo: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from fedzo.cli.arguments import AddCommand, add_rounds, add_run, run_folder, total_rounds, whole_number
@@ -144,6 +145,7 @@ def export(arguments: Namespace) -> None:
 
 def report(arguments: Namespace) -> None:
     """``fedzo report``: a folder with ``multirun.yaml`` is a sweep; with ``--together`` one page over runs."""
+    from fedzo.records.folder import MULTIRUN
     from fedzo.report.html import write_report
     from fedzo.report.sweep import write_comparison, write_sweep_report
 
@@ -156,7 +158,7 @@ def report(arguments: Namespace) -> None:
         raise ConfigError(f"--out must be given with one RUN, got {len(arguments.runs)}. Call fedzo report for each.")
     out = None if arguments.out is None else Path(arguments.out)
     for folder in [run_folder(name) for name in arguments.runs]:
-        is_sweep = (folder / "multirun.yaml").exists()
+        is_sweep = (folder / MULTIRUN).exists()
         page = write_sweep_report(folder, out_dir=out) if is_sweep else write_report(folder, out_dir=out)
         if page is None:
             raise RunFolderError(f"{folder}: no job of this sweep has begun. Start it, or give another folder.")
@@ -193,14 +195,16 @@ def doctor(arguments: Namespace) -> int:
     """``fedzo doctor``; 1 when a check failed."""
     from fedzo.commands.doctor import doctor as run_checks
 
-    checks = run_checks()
+    checks: Iterable[tuple[str, bool, str]] = run_checks()
     if arguments.dir is not None:
         from fedzo.commands.doctor import folder_checks
 
-        checks += folder_checks(Path(arguments.dir))
+        checks = chain(checks, folder_checks(Path(arguments.dir)))
+    fit = True
     for name, good, detail in checks:
-        print(f"{'ok  ' if good else 'BAD '} {name}: {detail}")
-    return 0 if all(good for _, good, _ in checks) else 1
+        print(f"{'ok  ' if good else 'BAD '} {name}: {detail}", flush=True)  # before a model that may take minutes
+        fit = fit and good
+    return 0 if fit else 1
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedzo.cli import INTERRUPTED, forgiving_output
 from fedzo.cli.train import log_to
-from fedzo.errors import FedzoError
+from fedzo.errors import FedzoError, shell
 from fedzo.system import quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def main() -> int:
 
             serve_run(run_dir, server_dir)
         except KeyboardInterrupt:
-            log.info("interrupted. Continue with: fedzo resume %s", run_dir)
+            log.info("interrupted. Continue with: %s", shell("fedzo resume", run_dir))
             return INTERRUPTED
         except FedzoError as error:
             return write_outcome(run_dir, error)

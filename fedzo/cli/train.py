@@ -6,9 +6,11 @@ import functools
 import json
 import logging
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from fedzo.config.compose import CONFIG_NAME, VERSION_BASE, register_schemas, session, with_models
 from fedzo.config.diagnose import reason
 from fedzo.config.load import checked, load
-from fedzo.config.overrides import with_config_dir
+from fedzo.config.overrides import in_shell, with_config_dir
 from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import is_sweep, plan_sweep
-from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError
-from fedzo.records.folder import LOG, REPORT
+from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError, shell
+from fedzo.records.folder import LOG, MULTIRUN, REPORT
 from fedzo.system import environment_variable, quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -95,29 +97,39 @@ def job(composed: DictConfig) -> float | None:
     """
     quiet_libraries()  # in a worker process, too
     from fedzo.commands.train import start_or_resume_run, start_run
+    from fedzo.report.jobs import noted_failure
 
     hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
+    folder, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
     in_sweep = hydra.mode == RunMode.MULTIRUN
     is_searched = in_sweep and not str(hydra.sweeper.get("_target_")).endswith(".BasicSweeper")  # which reads no score
     start = start_or_resume_run if in_sweep else start_run
     try:
-        start(checked(composed), folder, overrides=list(hydra.overrides.task))
+        with noted_failure(folder, overrides) if in_sweep else nullcontext():
+            start(checked(composed), folder, overrides=overrides)
         show_result(folder)
         return _objective(folder, is_first=hydra.job.num == 0) if is_searched else None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"fedzo resume {folder}") from None
-    except FedzoError as error:
+        raise KeyboardInterrupt(shell("fedzo resume", folder)) from None
+    except Exception as error:
         if in_sweep:  # Hydra raises the first job's error only, when all have run
             if isinstance(error, FolderInUseError):
                 print(f"fedzo: {error}", file=sys.stderr)  # the folder's log belongs to the process that has it
-            else:
+            elif isinstance(error, FedzoError):
                 log.error("%s: %s", folder, error)
+            else:
+                log.exception("%s: the job failed", folder)
+            _let_frames_go(error)
         raise
-    except Exception:
-        if in_sweep:
-            log.exception("%s: the job failed", folder)
-        raise
+
+
+def _let_frames_go(error: BaseException | None) -> None:
+    """Empty the frames of an error that Hydra keeps until all jobs have run: the job's model is in them."""
+    if error is not None:
+        traceback.clear_frames(error.__traceback__)  # those that still run stay as they are
+        _let_frames_go(error.__cause__)
+        if error.__context__ is not error.__cause__:
+            _let_frames_go(error.__context__)
 
 
 def _objective(folder: Path, *, is_first: bool) -> float:
@@ -169,7 +181,16 @@ def log_to(folder: Path) -> None:
         root.addHandler(handler)
 
 
+def _refuse_folder(overrides: Sequence[str], key: str, *, use: str, of: str) -> None:
+    """Refuse the key of a folder that nobody would read; a file may have it, for it serves runs and sweeps."""
+    for word in overrides:
+        name, _, folder = word.lstrip("+").partition("=")
+        if name == key:
+            raise ConfigError(f"{key} must be left out of {of}, got {word}. Write {use}={folder}.")
+
+
 def _single(flags: Namespace) -> None:
+    _refuse_folder(flags.overrides, "hydra.sweep.dir", use="hydra.run.dir", of="a single run (without -m)")
     load(flags.overrides)
     with session():
         flags.overrides = with_models(flags.overrides)
@@ -193,23 +214,31 @@ def _sweep(flags: Namespace) -> None:
     from fedzo.records.folder import folder_of_one_process
     from fedzo.report.sweep import unfinished_jobs, write_sweep_report
 
+    _refuse_folder(flags.overrides, "hydra.run.dir", use="hydra.sweep.dir", of="a sweep (-m)")
     sweep = plan_sweep(flags.overrides)
     words = "".join(f"- {json.dumps(word)}\n" for word in sweep.overrides)
     flags.overrides, flags.run, flags.multirun = sweep.overrides, False, True
+    again = in_shell("hydra.sweep.dir", str(sweep.folder))
     with _folder_errors("hydra.sweep.dir"):
         sweep.folder.mkdir(parents=True, exist_ok=True)
     with folder_of_one_process(sweep.folder):
         with _folder_errors("hydra.sweep.dir"):  # by this file `fedzo report` knows a sweep; not all sweepers write it
-            (sweep.folder / "multirun.yaml").write_text(words, encoding="utf-8")
+            (sweep.folder / MULTIRUN).write_text(words, encoding="utf-8")
         try:
-            _hydra(flags, job)
+            with _folder_errors("hydra.sweep.dir", below=sweep.folder):
+                _hydra(flags, job)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"the same command with hydra.sweep.dir={sweep.folder}") from None
+            raise KeyboardInterrupt(f"the same command with {again}") from None
         except (Exception, SearchEndedError) as failure:  # other jobs have run: show what they found
             try:
                 _show_sweep(sweep.folder, write_sweep_report(sweep.folder))
             except FedzoError as error:
                 log.warning("%s: no sweep report: %s", sweep.folder, error)
+            if isinstance(failure, BrokenExecutor):
+                raise FedzoError(
+                    f"sweep {sweep.folder}: the process of a job was ended from outside, perhaps for lack of memory. "
+                    f"Lower hydra.launcher.n_jobs, and repeat the command with {again}."
+                ) from failure
             if isinstance(failure, SearchEndedError):
                 raise FedzoError(f"sweep {sweep.folder}: the search ended with its first job: {failure}") from None
             if sweep.searches and not isinstance(failure, FedzoError):  # such as that no job has a score
@@ -245,13 +274,18 @@ def _hydra(flags: Namespace, task: TaskFunction) -> None:
 
 
 @contextmanager
-def _folder_errors(key: str) -> Iterator[None]:
-    """The error of a folder that cannot be made, or whose log file cannot be opened, as fedzo's own."""
+def _folder_errors(key: str, *, below: Path | None = None) -> Iterator[None]:
+    """The error of a folder that cannot be made, or whose log file cannot be opened, as fedzo's own.
+
+    With ``below``, only of what lies in this folder: what a job raised of other files is its own.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__  # logging wraps it in a ValueError
         if isinstance(error, FedzoError) or not isinstance(cause, OSError):
+            raise
+        if below and below.resolve() not in Path(str(cause.filename or "/")).resolve().parents:
             raise
         where = f"run folder {cause.filename}: it must be writable, got {cause.strerror!r}"
         raise RunFolderError(f"{where}. Choose another with {key}=<folder>.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -10,15 +11,15 @@ from functools import partial
 from pathlib import Path
 
 from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator, uncompiled
-from fedzo.config.travel import from_json
+from fedzo.config.travel import from_json, to_json, to_yaml
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_store import RunLog, best_round, has_begun
 from fedzo.fl.replica import Replica
-from fedzo.records.folder import CONFIG, read_file
+from fedzo.records.folder import CONFIG, CONFIG_YAML, OVERRIDES, read_file
 from fedzo.report.sinks import phase, replaying
 from fedzo.run.peer import Peer
 from fedzo.run.process import Process, open_process
-from fedzo.run.start import check_artifact, check_base, read_begun, read_text
+from fedzo.run.start import check_artifact, check_base, read_begun, read_text, write_whole
 from fedzo.trainers import Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact, ArtifactStore
 
@@ -35,6 +36,18 @@ def read_launch(run_dir: Path) -> LaunchConfig:
         return from_json(text, LaunchConfig)
     except ConfigError as error:
         raise ConfigError(f"{run_dir / CONFIG}: {error}") from error
+
+
+def write_settings(config: LaunchConfig, run_dir: Path, overrides: list[str]) -> None:
+    """Write a command line into its run folder, which nobody else writes to meanwhile.
+
+    Raises:
+        RunFolderError: The folder cannot be written.
+    """
+    # the first: a later start knows by it that the others are of a start
+    write_whole(run_dir / OVERRIDES, "".join(f"- {json.dumps(item)}\n" for item in overrides))
+    write_whole(run_dir / CONFIG_YAML, to_yaml(config))
+    write_whole(run_dir / CONFIG, to_json(config))  # the last: without it the folder holds no run
 
 
 def read_run(run_dir: Path) -> RunConfig:

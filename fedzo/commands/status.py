@@ -10,9 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from fedzo.errors import ConfigError, ProtocolError, RunFolderError, printable
+from fedzo.errors import ConfigError, ProtocolError, RunFolderError, printable, shell
 from fedzo.records.decode import decode, parse_json, read_record
-from fedzo.records.folder import CONFIG, METRICS, PRESENCE, PUBLIC, STOP, is_locked, read_file, replace_file, told_as
+from fedzo.records.folder import (
+    CONFIG,
+    METRICS,
+    MULTIRUN,
+    PRESENCE,
+    PUBLIC,
+    STOP,
+    is_locked,
+    read_file,
+    replace_file,
+    told_as,
+)
 from fedzo.records.lines import from_end
 from fedzo.records.log import decode_public
 from fedzo.records.metrics import Round
@@ -106,13 +117,18 @@ def stop(run_dir: Path) -> Iterator[str]:
     """Ask whoever runs a run to end it between two rounds, and wait until it has.
 
     Raises:
-        RunFolderError: Nobody runs it.
+        RunFolderError: Nobody runs it, or it is the folder of something else.
     """
     works = _is_worked_on(run_dir)
     if works is False:
         raise RunFolderError(f"run folder {run_dir}: no process of this machine runs it. There is nothing to stop.")
+    if (run_dir / MULTIRUN).exists():
+        jobs = sorted(path.parent for path in run_dir.glob(f"**/{PUBLIC}"))
+        calls = [shell("fedzo stop", job) for job in jobs if _is_worked_on(job)]
+        rule = "it must be a run's folder, but is that of a sweep, which ends when its job is stopped"
+        raise RunFolderError(f"{run_dir}: {rule}. Call {' or '.join(calls) or 'fedzo stop JOB'}.")
+    _planned_rounds(run_dir)  # refuses the folder of something else, which a process may have as well
     if works is None:
-        _planned_rounds(run_dir)  # refuses the folder of something else
         replace_file(run_dir / STOP, "")
         yield f"asked to stop; whether a process runs it is not known ({_NO_LOCKS})"
         return
@@ -129,7 +145,7 @@ def stop(run_dir: Path) -> Iterator[str]:
     if rounds == total:
         yield f"the run has ended, after all its {rounds} rounds"
     else:
-        yield f"stopped after {rounds} of {total} rounds. Continue with: fedzo resume {run_dir}"
+        yield f"stopped after {rounds} of {total} rounds. Continue with: {shell('fedzo resume', run_dir)}"
 
 
 def _is_worked_on(run_dir: Path) -> bool | None:

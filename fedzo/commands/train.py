@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedzo.commands.run_folder import read_launch, read_run
+from fedzo.commands.run_folder import read_launch, read_run, write_settings
 from fedzo.config.rules import launch_problems
 from fedzo.config.schema import LaunchConfig, first_evaluator, with_rounds
-from fedzo.config.travel import config_hash, is_same_run, to_json, to_yaml
-from fedzo.errors import ConfigError, RunFolderError
+from fedzo.config.travel import config_hash, is_same_run, to_json
+from fedzo.errors import ConfigError, RunFolderError, shell
 from fedzo.fl.config import BestBy
 from fedzo.fl.log_store import RunLog, RunStore, best_dev_score, has_begun
+from fedzo.models.config import EMBEDDED_NAME
 from fedzo.records.folder import (
     CLIENTS_LOG,
     CONFIG,
     CONFIG_YAML,
     ENVIRONMENT,
+    FAILED,
     OVERRIDES,
     PRESENCE,
     RUN_FILE,
@@ -62,13 +64,13 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
             if has_begun(run_dir):
                 start_again = "" if store.rounds else "; it has no round yet, so you may also remove the folder"
                 raise RunFolderError(
-                    f"run folder {run_dir}: it holds a run. Use `fedzo resume {run_dir}`, or another folder"
+                    f"run folder {run_dir}: it holds a run. Use `{shell('fedzo resume', run_dir)}`, or another folder"
                     f"{start_again}."
                 )
             for left in (CONFIG, RUN_FILE, ENVIRONMENT):  # of a start that came to nothing, perhaps by other settings
                 (run_dir / left).unlink(missing_ok=True)
             config = _with_absolute_paths(config)
-            _write_settings(config, run_dir, overrides)
+            write_settings(config, run_dir, overrides)
             if not config.runtime.traits.server_process:
                 return _run(config, store)
         _deploy(config, run_dir)
@@ -87,18 +89,22 @@ def _refuse_files_of_others(run_dir: Path) -> None:
 def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
     """A sweep's job: run it, or go on with what an interrupted sweep left of it; a finished run is left alone.
 
+    What goes on does so as this command says: elsewhere, or told of otherwise.
+
     Raises:
         RunFolderError: The folder holds a run of other settings.
     """
     if not has_begun(run_dir):
         return start_run(config, run_dir, overrides=overrides)
-    begun = read_launch(run_dir)
-    if not is_same_run(begun, _with_absolute_paths(config)):
+    begun, config = read_launch(run_dir), _with_absolute_paths(config)
+    if not is_same_run(begun, config):
         raise RunFolderError(
             f"run folder {run_dir}: it holds a run of other settings. Choose another with hydra.sweep.dir=..., or name "
             "jobs by all that differs (hydra.sweep.subdir)."
         )
     if not any(ended.rounds == begun.fl.rounds for ended in RunLog(run_dir).metrics_of(Summary)):
+        with _alone(run_dir):
+            write_settings(config, run_dir, overrides)
         resume_run(run_dir)
 
 
@@ -138,7 +144,7 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
             with RunStore(run_dir) as store:
                 config, extension = _extended(read_launch(run_dir), store, rounds)
                 if any(ended.rounds == config.fl.rounds for ended in store.metrics_of(Summary)):
-                    longer = f"`fedzo resume {run_dir} fl.rounds=N` makes the run longer."
+                    longer = f"`{shell('fedzo resume', run_dir)} fl.rounds=N` makes the run longer."
                     said = "%s: all %d rounds are done, and only verified. %s"
                     log.warning(said, run_dir, config.fl.rounds, longer)
                 if not config.runtime.traits.server_process:
@@ -210,7 +216,7 @@ def _extended(config: LaunchConfig, store: RunStore, rounds: int | None) -> tupl
     longer = with_rounds(config, max(told))
     write_whole(store.folder / RUN_FILE, to_json(with_rounds(read_run(store.folder), max(told))))
     overrides = [text for text in read_overrides(store.folder) if not text.startswith("fl.rounds=")]
-    _write_settings(longer, store.folder, [*overrides, f"fl.rounds={max(told)}"])
+    write_settings(longer, store.folder, [*overrides, f"fl.rounds={max(told)}"])
     return longer, extension
 
 
@@ -245,13 +251,6 @@ def _alone(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _write_settings(config: LaunchConfig, run_dir: Path, overrides: list[str]) -> None:
-    # the first: a later start knows by it that the others are of a start
-    write_whole(run_dir / OVERRIDES, "".join(f"- {json.dumps(item)}\n" for item in overrides))
-    write_whole(run_dir / CONFIG_YAML, to_yaml(config))
-    write_whole(run_dir / CONFIG, to_json(config))  # the last: without it the folder holds no run
-
-
 def _run(config: LaunchConfig, store: RunStore) -> None:
     """Run a federation whose server is this process."""
     run_dir = store.folder.resolve()
@@ -273,9 +272,9 @@ def _deploy(config: LaunchConfig, run_dir: Path) -> None:
 @contextmanager
 def _opened(config: LaunchConfig, store: RunStore) -> Iterator[Process]:
     run_dir = store.folder.resolve()
-    if missing := missing_libraries(config.trackers):
+    if missing := [*missing_libraries(config.trackers), *config.runtime.missing()]:
         raise ConfigError("\n".join(problem.text for problem in missing))
-    for left in (STOP, PRESENCE, OUTCOME):  # of an earlier start; from here on `fedzo stop` is heard
+    for left in (STOP, PRESENCE, OUTCOME, FAILED):  # of an earlier start; from here on `fedzo stop` is heard
         (store.folder / left).unlink(missing_ok=True)
     forget_process()  # before another model is loaded
     try:
@@ -338,7 +337,7 @@ def _with_absolute_paths(config: LaunchConfig) -> LaunchConfig:
     if config.preprocess and config.rewriter.store is None:
         config.rewriter.store = STAGE_FOLDER  # of the working folder, so that the next run finds it
     paths: list[tuple[Any, str]] = [(config.data, "path"), (config.inputs, "artifact"), (config.inputs, "calibration")]
-    paths += [(config.rewriter, key) for key in config.rewriter.paths]
+    paths += [(config.rewriter, key) for key in config.rewriter.paths if getattr(config.rewriter, key) != EMBEDDED_NAME]
     paths += [(config.runtime, key) for key in config.runtime.paths]
     for section, key in paths:
         if path := getattr(section, key):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from fedzo.config.compose import FAILURES, StrayKeyError, compose_run, group_names, option_names
-from fedzo.config.overrides import quoted
+from fedzo.config.overrides import in_shell
 from fedzo.config.plugins import NO_PLUGIN, plugin_classes
 from fedzo.config.yaml_files import texts
 from fedzo.errors import Problem
@@ -61,8 +60,7 @@ def _in_quotes(text: str) -> str:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[+~]*[\w@./-]+", key):
         return " Quote the whole override for the shell if its value holds spaces."
-    inner = f'{key}="{value}"' if "'" in value and not {'"', "\\"} & {*value} else f"{key}={quoted(value)}"
-    shell = shlex.quote(inner) if "!" in inner else '"' + re.sub(r'(["\\$`])', r"\\\1", inner) + '"'
+    shell = in_shell(key, value)
     if value[:1] in {"[", "'", '"'} or re.match(r"\{\w+:", value):
         return f" Close its brackets and quotes and quote the texts in it; or, where it is one text, write {shell}"
     return f" A value of more than letters, digits and ./:_- must be in quotes of its own: write {shell}"

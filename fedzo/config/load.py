@@ -97,10 +97,13 @@ def _all_problems(overrides: Sequence[str], first: Exception, *, trains: bool) -
         rest = _ruled(config, trains=trains)[1]
     except FAILURES as error:
         rest = [Problem("", reason(error))]
-    # What reads a setting that was refused just now would report the default in its place.
-    refused = [rf"(?<![\w.]){re.escape(problem.key)}(?!\w)" for problem in found if problem.key]
-    found += [problem for problem in rest if not any(re.search(key, problem.text) for key in refused)]
-    return found or [Problem("", reason(first))]
+    return [*found, *others(rest, refused=found)] or [Problem("", reason(first))]
+
+
+def others(found: Iterable[Problem], *, refused: Iterable[Problem]) -> list[Problem]:
+    """Without those that name a setting that was refused: what reads it has seen the default in its place."""
+    keys = [rf"(?<![\w.]){re.escape(problem.key)}(?!\w)" for problem in refused if problem.key]
+    return [problem for problem in found if not any(re.search(key, problem.text) for key in keys)]
 
 
 def message(lines: Sequence[str]) -> str:

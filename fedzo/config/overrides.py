@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +63,14 @@ def _text(value: object) -> str:
 def quoted(name: str) -> str:
     """A text as one value of Hydra's grammar."""
     return QuotedString(name, Quote.single).with_quotes()
+
+
+def in_shell(key: str, value: str) -> str:
+    """An override whose value is one text, as a shell must be given it: with the quotes that it and Hydra need."""
+    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
+        return f"{key}={value}"
+    inner = f'{key}="{value}"' if "'" in value and not {'"', "\\"} & {*value} else f"{key}={quoted(value)}"
+    return shlex.quote(inner) if "!" in inner else '"' + re.sub(r'(["\\$`])', r"\\\1", inner) + '"'
 
 
 def with_config_dir(overrides: Sequence[str], folder: str | None) -> list[str]:

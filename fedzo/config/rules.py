@@ -105,7 +105,7 @@ def run_problems(config: RunSettings) -> Iterator[Problem]:
 
 
 def missing_files(config: LaunchConfig) -> list[Problem]:
-    """Files that a command line names and this machine does not have."""
+    """Files that a command line names and this machine does not have, and what its plugins lack here."""
     own = config.partition.traits.own_rows and config.data.path is not None
     paths = own_paths(config.data.path or "", config.fl.num_clients) if own else [config.data.path]
     named = [("data.path", path, "Give the folder or file with the rows.") for path in paths]
@@ -118,7 +118,8 @@ def missing_files(config: LaunchConfig) -> list[Problem]:
         for key, path, remedy in named
         if path is not None and not Path(path).expanduser().exists()
     ]
-    return [*found, *problems_of(config.rewriter.missing(), by=config.rewriter, method="missing")]
+    found += problems_of(config.rewriter.missing(), by=config.rewriter, method="missing")
+    return [*found, *problems_of(config.runtime.missing(), by=config.runtime, method="missing")]
 
 
 def own_paths(path: str, num_clients: int) -> list[str]:

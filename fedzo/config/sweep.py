@@ -13,9 +13,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fedzo.config.compose import FAILURES, compose_run, option_names, session, with_models
+from fedzo.config.compose import FAILURES, compose_run, group_names, option_names, session, with_models
 from fedzo.config.diagnose import diagnose, parse_overrides, reason
-from fedzo.config.load import check, message, own_words
+from fedzo.config.load import check, message, others, own_words
 from fedzo.config.overrides import quoted
 from fedzo.config.schema import LaunchConfig, filled, first_evaluator
 from fedzo.config.unused import unused_problems
@@ -222,10 +222,10 @@ def _direction(config: LaunchConfig) -> str:
 
 
 def _check_jobs(
-    jobs: Sequence[Sequence[str]], words: Iterable[Override], *, known: Sequence[Problem], is_search: bool = False
+    jobs: Sequence[Sequence[str]], words: Sequence[Override], *, known: Sequence[Problem], is_search: bool = False
 ) -> list[LaunchConfig]:
     """The settings of the jobs that are made of these words."""
-    checked = [check(job) for job in jobs]
+    checked = _checked(jobs, words)
     lines = [each.text for each in known]
     for text in dict.fromkeys(each.text for _, found in checked for each in found if each not in known):
         where = [number for number, (_, found) in enumerate(checked) if text in {each.text for each in found}]
@@ -236,6 +236,28 @@ def _check_jobs(
     if lines:
         raise ConfigError(message(lines))
     return [filled(config) for config in configs]
+
+
+def _checked(
+    jobs: Sequence[Sequence[str]], words: Sequence[Override]
+) -> list[tuple[LaunchConfig | None, list[Problem]]]:
+    """The settings and the problems of each job.
+
+    To look for what is wrong takes a composition a word. Those that all jobs have are looked at once for all jobs of
+    the same choices, on which it depends what settings there are.
+    """
+    common, groups = set(jobs[0]).intersection(*jobs), group_names(jobs[0])
+    choices = {each.get_key_element() for each in words if each.key_or_group in groups}
+    diagnosed: dict[tuple[str, ...], tuple[Sequence[str], list[Problem]]] = {}
+    checked = []
+    for job in jobs:
+        shared = tuple(text for text in job if text in common or text.partition("=")[0] in choices)
+        kept, refused = diagnosed.get(shared, (shared, []))
+        config, found = check([text for text in job if text in kept or text not in shared])
+        checked.append((None if refused else config, [*refused, *others(found, refused=refused)]))
+        if config is None and shared not in diagnosed:
+            diagnosed[shared] = diagnose(shared)
+    return checked
 
 
 def _name(jobs: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:

@@ -13,6 +13,8 @@ from fedzo.data.tasks import num_labels
 from fedzo.errors import Problem, printable
 from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.config import DType
+from fedzo.trainers.base import TrainerConfig
+from fedzo.trainers.calibration import CalibratedConfig
 from fedzo.zo.estimator import ZerothOrderConfig
 from fedzo.zo.server_optimizer import Schedule
 
@@ -60,9 +62,20 @@ def _rows(config: LaunchConfig) -> Iterator[Row]:
         yield "trainer.eps", "beside estimator.eps, which is used in its place", "Write one of them."
     if config.fl.label_counts and num_labels(config.task) == 0:
         yield "fl.label_counts", f"for task.kind={config.task.kind}, whose rows have no labels", "Leave it out."
+    if config.runtime.traits.takes_turns:
+        why = f"for {option_of(config, 'runtime')}, where clients run one after another, without a limit"
+        yield "strategy.deadline_s", why, "Leave it out."
+    yield from _of_trainer(config.trainer)
     yield from _of_updates(config)
     yield from _of_scores(config)
     yield from _of_forwards(config)
+
+
+def _of_trainer(trainer: TrainerConfig) -> Iterator[Row]:
+    if isinstance(trainer, CalibratedConfig) and not trainer.reads_text:
+        word = trainer.traits.gradient_setting
+        for name in ("calibration", "calibration_docs", "calibration_tokens"):
+            yield f"trainer.{name}", f"without {word}, since no text is read", f"Write {word}, or leave it out."
 
 
 def _of_updates(config: LaunchConfig) -> Iterator[Row]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
-    """The report of a run and its progress bars."""
+    """The report of a run, and what it prints."""
 
     html: bool = True
     """``report.html`` and its figures."""
     progress: bool = True
-    """Progress bars on the terminal."""
+    """What a run prints while it goes on and at its end: bars, scores, the result. Warnings are printed in any case."""

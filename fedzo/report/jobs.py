@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from fedzo.errors import RunFolderError
+from fedzo.errors import FedzoError, FolderInUseError, RunFolderError, printable
 from fedzo.fl.config import BestBy
-from fedzo.records.decode import parse_json
-from fedzo.records.folder import CONFIG, OVERRIDES, RUN_FILE, read_file
+from fedzo.records.decode import parse_json, read_record, to_json
+from fedzo.records.fields import Length
+from fedzo.records.folder import CONFIG, FAILED, OVERRIDES, RUN_FILE, read_file, replace_file
 from fedzo.records.metrics import CentralScore, Summary
 from fedzo.report.run_data import RunData, load_run, read_overrides
 
@@ -25,11 +28,37 @@ _SETTINGS_OF_DEV_ROWS = (
     ("split", "num_test"),
 )
 """Which rows are the dev rows, and what is asked of them."""
+_MOST_TEXT = 1 << 20
+_Text = Annotated[str, Length(0, _MOST_TEXT)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """An error that ended a job, and the job's overrides: a run in its folder may have others."""
+
+    overrides: Annotated[tuple[_Text, ...], Length(0, 1 << 16)]
+    text: _Text
+
+
+@contextmanager
+def noted_failure(folder: Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Leave a note in a job's folder if the job fails; one of an earlier start is removed."""
+    (folder / FAILED).unlink(missing_ok=True)
+    try:
+        yield
+    except FolderInUseError:  # whoever has the folder may yet finish the run
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, FedzoError) else repr(error)
+        with suppress(OSError, ValueError):  # such as a full disk, for which the job failed, or text that is not UTF-8
+            failure = Failure(overrides=tuple(overrides), text=text[:_MOST_TEXT])
+            replace_file(folder / FAILED, to_json(failure))
+        raise
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job of a sweep; ``run`` is None where it left no run that can be read."""
+    """One job of a sweep; ``run`` is None where it failed, or left no run that can be read."""
 
     name: str
     settings: dict[str, str]
@@ -93,10 +122,13 @@ def _folders_of(run: Path) -> list[Path]:
 def _job_folders(sweep_dir: Path) -> list[Path]:
     """In a sweep's folder, or deeper by ``hydra.sweep.subdir``; there Hydra may keep overrides of its own, too.
 
+    A job that was refused before its run began left a note alone.
+
     They are in the order of what they set, key by key, then of their names.
     """
     found = {path.parent for path in sweep_dir.glob(f"*/{OVERRIDES}")}
     found |= {path.parent for path in sweep_dir.glob(f"*/**/{OVERRIDES}") if (path.parent / CONFIG).exists()}
+    found |= {path.parent for path in sweep_dir.glob(f"*/**/{FAILED}")}
     told: dict[Path, dict[str, str]] = {}
     for folder in sorted(found, key=lambda folder: (_by_size(folder.as_posix()), folder)):
         try:
@@ -113,14 +145,22 @@ def _by_size(text: str) -> list[str | float]:
     return [float(part) if at % 2 else part for at, part in enumerate(parts)]
 
 
+def _failure(folder: Path) -> Failure | None:
+    return read_record(Failure, folder, FAILED, error=RunFolderError)
+
+
 def _settings(folder: Path) -> dict[str, str]:
-    return dict(override.partition("=")[::2] for override in read_overrides(folder))
+    failure = _failure(folder)
+    overrides = read_overrides(folder) if failure is None else failure.overrides
+    return dict(override.partition("=")[::2] for override in overrides)
 
 
 def _job(folder: Path, name: str) -> Job:
     settings: dict[str, str] = {}
     try:
         settings = _settings(folder)
+        if failure := _failure(folder):
+            return Job(name, settings, None, printable(failure.text, most=1000))
         return Job(name, settings, load_run(folder))
     except RunFolderError as error:
         return Job(name, settings, None, str(error))

@@ -1,12 +1,13 @@
 """Jobs that differ in the run seed alone are one group: its means over seeds, and the best of the groups.
 
-The best of all jobs would be the luckiest pair of a setting and a seed.
+The best of all jobs would be the luckiest pair of a setting and a seed. What differs is read in the jobs'
+configurations: words of a command line may name a device, or a file that was edited between two jobs.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedzo.fl.config import BestBy
@@ -14,14 +15,17 @@ from fedzo.records.metrics import CentralScore
 from fedzo.report.format import interval, mean_text, score_text
 from fedzo.report.jobs import SEED, Job, dev_number
 
+_ELSEWHERE = ("device", "threads", "artifact_max_bytes", "runtime", "report", "trackers")
+"""Keys of where a job is computed and how it is told of. ``rewriter`` is none: other models write other rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """Finished jobs of the same settings, one a seed.
 
     Attributes:
-        name: The settings, in words.
-        settings: Values of the varied keys but the seed; a key that is not set has an empty one.
+        name: The settings, in words of the first job.
+        settings: Values there of the varied keys but the seed; a key that is not set has an empty one.
         jobs: One a seed.
     """
 
@@ -43,25 +47,23 @@ class Group:
 
 
 def groups_of(jobs: Sequence[Job], keys: Sequence[str]) -> list[Group]:
-    """Finished jobs by all that varies but the seed; each job on its own where no group would have two seeds.
+    """Finished jobs by all settings but the seed; each job on its own where no group would have two seeds.
 
     Of jobs with the same settings and the same seed, the last stands for all.
     """
     done = [job for job in jobs if job.summary]
-    kept = _without_seed(keys)
-    found: dict[tuple[str | None, ...], dict[str, Job]] = {}
+    found: dict[str, dict[str, Job]] = {}
     for job in done:
-        found.setdefault(tuple(job.settings.get(key) for key in kept), {})[job.seed] = job
+        found.setdefault(_recipe(job), {})[job.seed] = job
     if all(len(by_seed) == 1 for by_seed in found.values()):
         return [Group(job.in_words(keys), (), (job,)) for job in done]
-    return [
-        Group(
-            name=", ".join("-" if value is None else value for value in values) or "all jobs",
-            settings=tuple(value or "" for value in values),
-            jobs=tuple(by_seed.values()),
-        )
-        for values, by_seed in found.items()
-    ]
+    groups = []
+    for by_seed in found.values():
+        alike = tuple(by_seed.values())
+        values = _words(alike[0], keys)
+        name = ", ".join("-" if value is None else value for value in values) or "all jobs"
+        groups.append(Group(name, tuple(value or "" for value in values), alike))
+    return groups
 
 
 def most_seeds(groups: Sequence[Group]) -> int:
@@ -73,7 +75,7 @@ def seeds_table(groups: Sequence[Group], keys: Sequence[str], by: BestBy) -> lis
     """A header and a row for each group; empty where no group has two seeds."""
     if most_seeds(groups) < 2:
         return []
-    rows = [[*_without_seed(keys), "seeds", f"mean dev {by}", "mean test"]]
+    rows = [[*_of_recipe(keys), "seeds", f"mean dev {by}", "mean test"]]
     for group in groups:
         mean, dev, test = group.dev_mean(by), group.scores("dev"), group.scores("test")
         row = [*group.settings, str(len(group.jobs))]
@@ -103,6 +105,17 @@ def best_group(groups: Sequence[Group], by: BestBy) -> str:
     return f"{'Lowest' if is_lower else 'Highest'} {what} ({best.name})"
 
 
+def settings_notes(jobs: Sequence[Job], keys: Sequence[str]) -> list[str]:
+    """Whether jobs look alike by their words and are not."""
+    recipes: dict[tuple[str | None, ...], set[str]] = {}
+    for job in jobs:
+        if job.summary:
+            recipes.setdefault(_words(job, keys), set()).add(_recipe(job))
+    if all(len(found) == 1 for found in recipes.values()):
+        return []
+    return ["Jobs of the same words have different settings, perhaps of an edited file: compare their config.yaml."]
+
+
 def seeds_notes(groups: Sequence[Group], jobs: Sequence[Job], *, are_compared: bool) -> list[str]:
     """What a reader of the means must know; empty where no group has two seeds."""
     most = most_seeds(groups)
@@ -117,8 +130,19 @@ def seeds_notes(groups: Sequence[Group], jobs: Sequence[Job], *, are_compared: b
     return notes
 
 
-def _without_seed(keys: Sequence[str]) -> list[str]:
-    return [key for key in keys if key != SEED]
+def _recipe(job: Job) -> str:
+    """What its scores follow from beside its seed; by its words, where it has lost its configuration."""
+    told = (job.run.config if job.run else {}) or dict(sorted(job.settings.items()))
+    return repr({key: told[key] for key in _of_recipe(told)})
+
+
+def _words(job: Job, keys: Sequence[str]) -> tuple[str | None, ...]:
+    """What its command line says of these keys, as far as its scores follow from them beside its seed."""
+    return tuple(job.settings.get(key) for key in _of_recipe(keys))
+
+
+def _of_recipe(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if key != SEED and str(key).partition(".")[0] not in _ELSEWHERE]
 
 
 def _dev_text(score: CentralScore, number: float, by: BestBy) -> str:

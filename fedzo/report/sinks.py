@@ -147,7 +147,7 @@ def phase(
 
 
 def _bars(*, stderr: bool = False, enabled: bool = True) -> Progress:
-    """Bars on a terminal; disabled elsewhere."""
+    """Bars on a terminal that can draw them; disabled elsewhere."""
     console = Console(
         file=None if stderr else sys.stdout,
         stderr=stderr,
@@ -166,7 +166,8 @@ def _bars(*, stderr: bool = False, enabled: bool = True) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, disable=not (enabled and console.is_terminal))
+    draws = console.is_terminal and not console.is_dumb_terminal  # as rich decides
+    return Progress(*columns, console=console, disable=not (enabled and draws))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from fedzo.records.folder import REPORT, replace_file
 from fedzo.report.format import span
 from fedzo.report.html import render_page, write_page
 from fedzo.report.jobs import Job, are_alike, are_ordered, best_by, jobs_of_runs, jobs_of_sweep, varied
-from fedzo.report.over_seeds import best_group, groups_of, seeds_notes, seeds_table
+from fedzo.report.over_seeds import best_group, groups_of, seeds_notes, seeds_table, settings_notes
 from fedzo.report.style import save_pictures, writing_report
 from fedzo.report.sweep_figures import draw_sweep
 from fedzo.report.sweep_tables import job_numbers, job_table
@@ -73,6 +73,7 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
             *(f"{job.name}: {job.problem or job.state}" for job in jobs if job.state != "finished"),
             *_not_compared(by, alike=alike, ordered=ordered),
             *_chances(jobs),
+            *settings_notes(jobs, keys),
             *seeds_notes(groups, jobs, are_compared=alike and ordered),
         ],
         tables=tables,

@@ -102,7 +102,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overrides(tiny_model_dir: Path, tiny_sketch_dir: Path, data_dir: Path) -> Callable[..., list[str]]:
     def make(*extra: str) -> list[str]:
         trainer = next((each[8:] for each in reversed(extra) if each.startswith("trainer=")), "meerkat")
+        unread = {"trainer.selector=random", "trainer.selector=magnitude", "trainer.gradient=false"} & {*extra}
         calibrated = ["trainer.calibration=train", "trainer.calibration_docs=4", "trainer.calibration_tokens=16"]
+        calibrated = [] if unread else calibrated
         own = {"meerkat": ["trainer.density=0.05", *calibrated], "tables": calibrated}
         unscored = {"evaluation.central=false", "split.num_dev=0", "evaluators=[]"} & {*extra}
         return [

@@ -103,14 +103,16 @@ def test_rules_that_correct_drift_refuse_what_does_not_go_with_them(overrides: C
         load(overrides("server_optimizer=feddyn", "trainer=mezo"))
 
 
-def test_feddyn_s_default_goes_by_lr_and_local_steps(
+def test_feddyn_s_default_goes_by_the_round_s_lr_and_local_steps(
     overrides: Callable[..., list[str]],
 ) -> None:
     config = load(overrides("server_optimizer=feddyn", "server_optimizer.lr=0.002", "fl.local_steps=10"))
 
     assert isinstance(config.server_optimizer, FedDynConfig)
     rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)
-    assert rule == FedDyn(alpha=pytest.approx(0.5 / (0.002 * 10)))
+    assert isinstance(rule, FedDyn)
+    assert [rule.pull(0.002), rule.pull(0.0002)] == pytest.approx([25, 250])
+    assert [FedDyn(alpha=5, local_steps=10).pull(lr) for lr in (0.002, 0.0002, 0.0)] == [5, 5, 5]
 
 
 # --- a pool of seeds --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedzo.cli import main
-from fedzo.commands import train
+from fedzo.commands import run_folder, train
 from fedzo.commands.train import resume_run, start_or_resume_run, start_run
 from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
@@ -323,7 +323,8 @@ def test_a_kill_while_a_run_is_made_longer_is_made_up_for(
             raise KeyboardInterrupt
         original(file, text)
 
-    monkeypatch.setattr(train, "write_whole", killed)
+    for module in (train, run_folder):
+        monkeypatch.setattr(module, "write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         resume_run(folder, rounds=3)
     monkeypatch.undo()

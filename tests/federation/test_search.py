@@ -110,6 +110,26 @@ def test_a_search_survives_a_job_that_fails_and_goes_on_when_it_is_repeated(
     assert {name: (tmp_path / name / "public.jsonl").stat().st_mtime_ns for name in scores} == times
 
 
+def test_a_job_of_a_search_that_is_refused_when_it_starts_is_one_that_failed(
+    search: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the corners are looked at before, and they are sound: scaffold with equal weights, and sgd with sizes."""
+    choices = ["trainer=meerkat", "server_optimizer=scaffold,sgd", "strategy.weighting=uniform,size"]
+    assert search(*choices, "hydra.sweeper.sampler.seed=5") == 1  # the third job is scaffold with sizes
+
+    refused = "server_optimizer-scaffold_strategy.weighting-size"
+    assert capsys.readouterr().err.endswith(f"1 jobs failed, the others ran: {refused}\n")
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = {row["job"]: row for row in csv.DictReader(file)}
+    assert {name: row["state"] for name, row in rows.items() if row["state"] != "finished"} == {refused: "failed"}
+    assert len(rows) == 3
+    assert [*rows[refused]][:4] == ["job", "server_optimizer", "strategy.weighting", "state"]
+    assert (
+        f"{refused}: strategy.weighting must be uniform for server_optimizer=scaffold"
+        in (tmp_path / "report.html").read_text()
+    )
+
+
 @pytest.mark.usefixtures("lossless")
 @pytest.mark.parametrize("lossless", [range(3)], indirect=True)
 @pytest.mark.parametrize(("by", "code"), [("loss", 1), ("value", 0)])

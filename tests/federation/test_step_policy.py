@@ -172,7 +172,7 @@ def test_gradip_with_a_mask_that_holds_no_gradient_ends_before_any_round(
     make_mask(load(overrides("trainer.selector=random")), mask)
 
     with pytest.raises(ConfigError, match=r"step_policy\.statistic must be abs_g for a trainer that has no gradient"):
-        run(*COMMON, *KINDS["vpcs graded by GradIP"], f"inputs.artifact={mask}")
+        run(*COMMON, *KINDS["vpcs graded by GradIP"], f"inputs.artifact={mask}", "trainer.selector=random")
 
     told = load_mask(mask)  # one whose recipe says nothing is looked at when the run is opened
     save_mask(replace(told, manifest={}), mask)

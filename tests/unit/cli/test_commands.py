@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,22 @@ def test_doctor_fails_when_a_check_failed(calls: Calls, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "ok   python: 3.11\nBAD  directions: differs\n"
 
 
+def test_doctor_shows_what_it_has_found_while_it_goes_on(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model on a slow disk takes minutes, and a kernel that is out of memory asks nobody."""
+
+    def folder_checks(path: Path) -> Iterator[tuple[str, bool, str]]:
+        yield "secrets", True, "only this user reads them"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["fedzo.commands.doctor"], "folder_checks", folder_checks, raising=False)
+
+    assert main(["doctor", "site"]) == 130
+    said = capsys.readouterr().out
+    assert said == "ok   python: 3.11\nBAD  directions: differs\nok   secrets: only this user reads them\n"
+
+
 @pytest.mark.parametrize("command", ["resume", "replay", "evaluate", "report"])
 def test_a_folder_that_is_not_there_is_named(command: str, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "no/such"]) == 2
@@ -193,17 +210,26 @@ def test_an_import_that_fails_for_a_package_of_another_version_names_the_package
         main(["replay", "."])
 
 
-@pytest.mark.parametrize(("command", "hint"), [("resume", " Continue with: fedzo resume ."), ("replay", "")])
+@pytest.mark.parametrize(
+    ("command", "run", "hint"),
+    [
+        ("resume", ".", " Continue with: fedzo resume ."),
+        ("resume", "a b", " Continue with: fedzo resume 'a b'"),
+        ("replay", ".", ""),
+    ],
+)
 def test_ctrl_c_says_how_to_go_on(
-    command: str, hint: str, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, run: str, hint: str, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path(run).mkdir(exist_ok=True)
+
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     module = "fedzo.commands.train" if command == "resume" else "fedzo.commands.trained"
     monkeypatch.setattr(sys.modules[module], f"{command}_run", stop)
 
-    assert main([command, "."]) == 130
+    assert main([command, run]) == 130
     assert capsys.readouterr().err == f"\nfedzo: interrupted.{hint}\n"
 
 

@@ -14,7 +14,7 @@ from fedzo.config.schema import LaunchConfig, RunConfig
 from fedzo.config.travel import to_json
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import FlConfig
-from fedzo.models.config import BaseConfig
+from fedzo.models.config import BaseConfig, TransformersConfig
 from fedzo.run.apps import client_app, look_ahead, server_app
 from fedzo.runtime.config import RUNTIMES, InlineConfig, LocalConfig, RemoteConfig, RuntimeConfig
 
@@ -77,6 +77,22 @@ def test_only_a_key_that_a_runtime_names_as_a_path_becomes_absolute() -> None:
 
     assert hosted.runtime == HostedConfig(server="host:9092")
     assert remote.runtime == RemoteConfig(server=str(Path("server").resolve()))
+
+
+def test_a_rewriters_model_becomes_absolute_where_it_is_a_folder_and_keeps_its_name_where_it_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge").mkdir()
+    given = TransformersConfig(model="smollm2-135m", judge_model="judge", store="answers")
+
+    made = _with_absolute_paths(LaunchConfig(rewriter=given)).rewriter
+
+    folder = tmp_path.resolve()
+    assert (made.model, made.judge_model) == ("smollm2-135m", str(folder / "judge"))
+    assert made.store == str(folder / "answers")
+    assert isinstance(made, TransformersConfig)
+    assert [*made.missing()] == []
 
 
 def test_unknown_runtime_is_refused_with_the_known_ones(tmp_path: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
+import weakref
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedzo.cli import main
-from fedzo.errors import RunFolderError
+from fedzo.config.schema import LaunchConfig
+from fedzo.errors import NumericsError, RunFolderError
 
 Calls = list[tuple[Any, ...]]
 DIVERGES, INTERRUPTED, BUG, REFUSED = 5, 6, 7, 8
@@ -66,10 +71,15 @@ def test_a_bug_keeps_its_traceback(calls: Calls) -> None:
         main(["train", f"seed={BUG}"])
 
 
-def test_ctrl_c_names_the_run_to_resume(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", f"seed={INTERRUPTED}"]) == 130
+@pytest.mark.parametrize("folder", ["mine", "First Last/mine"])
+def test_ctrl_c_names_the_run_to_resume(
+    folder: str, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", f"seed={INTERRUPTED}", f"hydra.run.dir='{folder}'"]) == 130
 
-    assert capsys.readouterr().err == f"\nfedzo: interrupted. Continue with: fedzo resume {calls[0][2]}\n"
+    told, _, command = capsys.readouterr().err.rpartition(": ")
+    assert told == "\nfedzo: interrupted. Continue with"
+    assert shlex.split(command) == ["fedzo", "resume", str(tmp_path / folder)]
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +158,53 @@ def test_a_failed_job_lets_the_others_run_and_fails_the_sweep(calls: Calls, caps
     assert "Traceback" not in error
 
 
+def test_a_job_that_failed_leaves_a_note_in_its_folder(calls: Calls, tmp_path: Path) -> None:
+    assert main(["train", "-m", f"seed=1,{DIVERGES}", "fl.rounds=3", "hydra.sweep.dir=all"]) == 1
+
+    (note,) = (tmp_path / "all").glob("*/failed.json")
+    assert json.loads(note.read_text(encoding="utf-8")) == {
+        "overrides": [f"seed={DIVERGES}", "fl.rounds=3"],
+        "text": "round 3: the loss must be finite, got nan. Lower trainer.lr.",
+    }
+    assert note.parent == calls[1][2]
+    assert main(["train", f"seed={DIVERGES}", "hydra.run.dir=one"]) == 1  # a single run says it itself
+    assert not (tmp_path / "one" / "failed.json").exists()
+
+
+class Weights:
+    """What a job holds in memory."""
+
+
+def test_a_job_that_failed_holds_nothing_in_memory_while_the_others_run(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra keeps the errors of all jobs until the last has run."""
+    held: list[weakref.ref[Weights]] = []
+    seen: list[list[bool]] = []
+
+    def compute() -> None:
+        weights = Weights()
+        held.append(weakref.ref(weights))
+        raise ArithmeticError("not finite")
+
+    def start(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
+        seen.append([weights() is not None for weights in held])
+        try:
+            compute()
+        except ArithmeticError as error:
+            if config.seed == 1:
+                raise NumericsError("a cause") from error
+            if config.seed == 2:
+                raise NumericsError("a context") from None
+            if config.seed == 3:
+                raise
+
+    monkeypatch.setattr(sys.modules["fedzo.commands.train"], "start_or_resume_run", start)
+
+    assert main(["train", "-m", "seed=1,2,3,4", "hydra.sweep.dir=all"]) == 1
+    assert seen == [[], [False], [False, False], [False, False, False]]
+
+
 @pytest.mark.parametrize(("seeds", "code"), [("1,2", 0), (f"1,{DIVERGES}", 1)])
 def test_a_sweep_ends_with_its_folder_and_its_report(
     seeds: str, code: int, calls: Calls, capsys: pytest.CaptureFixture[str]
@@ -183,6 +240,64 @@ def test_a_sweep_folder_that_cannot_be_written_is_named(calls: Calls, capsys: py
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("in_the_way", "folder", "reason"),
+    [("seed-1", "seed-1", "File exists"), ("seed-1/fedzo.log/file", "seed-1/fedzo.log", "Is a directory")],
+)
+def test_a_jobs_folder_that_cannot_be_written_is_named(
+    in_the_way: str, folder: str, reason: str, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path("all", in_the_way)
+    file.parent.mkdir(parents=True)
+    file.touch()
+
+    assert main(["train", "-m", "seed=1,2", "hydra.sweep.dir=all"]) == 1
+
+    error = capsys.readouterr().err
+    remedy = "Choose another with hydra.sweep.dir=<folder>."
+    assert error.endswith(f"all/{folder}: it must be writable, got {reason!r}. {remedy}\n")
+    assert "Traceback" not in error
+
+
+def test_what_a_job_says_of_a_file_elsewhere_is_not_told_as_of_its_folder(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/no/such/model")
+
+    monkeypatch.setattr(sys.modules["fedzo.commands.train"], "start_or_resume_run", start)
+
+    with pytest.raises(FileNotFoundError):
+        main(["train", "-m", "seed=1", "hydra.sweep.dir=all"])
+
+
+def test_a_worker_that_is_ended_from_outside_is_told_in_a_line(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: object) -> None:
+        raise BrokenProcessPool("A worker process managed by the executor was unexpectedly terminated.")
+
+    monkeypatch.setattr("fedzo.cli.train._hydra", killed)
+
+    assert main(["train", "-m", "seed=1,2", "hydra.sweep.dir=all"]) == 1
+
+    said = capsys.readouterr()
+    assert "fedzo: sweep all: the process of a job was ended from outside, perhaps for lack of memory." in said.err
+    assert said.out.startswith("sweep folder: all\n")  # with what the other jobs found
+
+
+def test_a_file_may_name_the_folders_of_runs_and_of_sweeps(calls: Calls, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nhydra:\n  run:\n    dir: one\n  sweep:\n    dir: all\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
+
+    for flags in [], ["-m"]:
+        assert main(["train", *flags, "--config-dir", "conf", "experiment=mine"]) == 0
+
+    first, second, _ = calls
+    assert (first[2], second[2].parent) == (tmp_path / "one", tmp_path / "all")
+
+
 @pytest.mark.parametrize("word", ["experiment=both", "++hydra.mode=MULTIRUN"])
 def test_a_file_or_an_added_key_can_ask_for_a_sweep(calls: Calls, tmp_path: Path, word: str) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
@@ -195,11 +310,20 @@ def test_a_file_or_an_added_key_can_ask_for_a_sweep(calls: Calls, tmp_path: Path
         assert [call[0] for call in calls] == ["start", "start", "sweep report"]
 
 
-def test_ctrl_c_in_a_multirun_says_how_the_sweep_goes_on(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "-m", f"seed=1,{INTERRUPTED},3", "hydra.sweep.dir=all"]) == 130
+@pytest.mark.parametrize(
+    ("folder", "shown"),
+    [("all", "hydra.sweep.dir=all"), ("First, Last/all", "\"hydra.sweep.dir='First, Last/all'\"")],
+)
+def test_ctrl_c_in_a_multirun_says_how_the_sweep_goes_on(
+    folder: str, shown: str, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-m", f"seed=1,{INTERRUPTED},3", f'hydra.sweep.dir="{folder}"']) == 130
 
     assert [call[0] for call in calls] == ["start", "start"]
-    assert capsys.readouterr().err.endswith("Continue with: the same command with hydra.sweep.dir=all\n")
+    _, _, again = capsys.readouterr().err.rpartition("Continue with: the same command with ")
+    assert again == f"{shown}\n"
+    assert main(["train", "-m", "seed=3", *shlex.split(again)]) == 0
+    assert [call[2].parent for call in calls if call[0] == "start"] == [tmp_path / folder] * 3
 
 
 def test_a_users_own_yaml_is_used_by_runs_and_sweeps(calls: Calls, tmp_path: Path) -> None:
@@ -226,6 +350,15 @@ def test_a_users_own_yaml_is_used_by_runs_and_sweeps(calls: Calls, tmp_path: Pat
         (["-m", "-r"], "got --run --multirun."),
         (["hydra.job.chdir=true"], "hydra.job.chdir must be false, got True."),
         (["-m", "seed=1,2", "hydra.job.chdir=true"], "hydra.job.chdir must be false, got True."),
+        (
+            ["-m", "seed=1,2", "hydra.run.dir=runs/a"],
+            "hydra.run.dir must be left out of a sweep (-m), got hydra.run.dir=runs/a. Write hydra.sweep.dir=runs/a.",
+        ),
+        (
+            ["++hydra.sweep.dir=a"],
+            "hydra.sweep.dir must be left out of a single run (without -m), got ++hydra.sweep.dir=a. "
+            "Write hydra.run.dir=a.",
+        ),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused(

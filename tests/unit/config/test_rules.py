@@ -24,6 +24,7 @@ from fedzo.data.partition.plain import NaturalConfig
 from fedzo.data.preprocess.rephrase.openai_compatible import OpenAICompatibleConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import Aggregation, Seeds, Weighting
+from fedzo.masks.select import Selector
 from fedzo.models.available import TORCH_DTYPES
 from fedzo.models.config import DType, TransformersConfig
 from fedzo.runtime.config import LocalConfig, RayConfig
@@ -33,7 +34,15 @@ from fedzo.trainers.meerkat import CalibrationSource, MeerkatConfig
 from fedzo.trainers.mezo import MezoConfig
 from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.config import Rounding
-from fedzo.zo.estimator import BackpropConfig, Baseline, EstimatorConfig, FzooConfig, OneSidedConfig, TwoPointConfig
+from fedzo.zo.estimator import (
+    BackpropConfig,
+    Baseline,
+    EstimatorConfig,
+    FzooConfig,
+    LocalOptimizer,
+    OneSidedConfig,
+    TwoPointConfig,
+)
 from fedzo.zo.server_optimizer import (
     AdamConfig,
     MomentumConfig,
@@ -578,6 +587,16 @@ def test_a_file_of_text_that_nothing_would_read_is_refused(trainer: type) -> Non
     assert problem.text == f"{rule} Write trainer.calibration=file, or leave it out."
 
 
+@pytest.mark.parametrize("selector", [Selector.random, Selector.magnitude])
+def test_a_mask_that_no_gradient_chooses_needs_no_text(selector: Selector) -> None:
+    config = MeerkatConfig(selector=selector, calibration=CalibrationSource.file)
+
+    assert list(config.input_problems(InputsConfig(), sound())) == []
+    config.calibration = CalibrationSource.imdb
+    (problem,) = config.input_problems(InputsConfig(calibration="text.txt"), sound())
+    assert problem.text.startswith("inputs.calibration must be null for trainer.calibration=imdb, which reads no file")
+
+
 def test_a_mask_that_is_given_needs_no_text() -> None:
     config = MeerkatConfig(calibration=CalibrationSource.file)
     inputs = InputsConfig(artifact="mask.safetensors", calibration="text.txt")
@@ -609,6 +628,38 @@ def test_a_decay_that_ends_before_the_schedule_does_is_refused(
 
     assert [problem.key for problem in problems] == ([] if holds else ["server_optimizer.weight_decay"])
     assert holds or problems[0].text.endswith("got 0.01. Write 0, or at least 0.05.")
+
+
+@pytest.mark.parametrize(
+    ("lr", "decay", "schedule", "holds"),
+    [
+        (1e-5, 1e-3, Schedule.constant, False),
+        (2e-5, 1e-2, Schedule.constant, False),
+        (2e-5, 5e-2, Schedule.constant, True),
+        (2e-4, 5e-2, Schedule.cosine, True),
+        (2e-5, 5e-2, Schedule.cosine, False),
+    ],
+)
+def test_a_decay_of_local_steps_that_float32_would_round_away_is_refused(
+    lr: float, decay: float, schedule: Schedule, holds: bool
+) -> None:
+    """AdamW at the rate of the last round, without a gradient, says how much of the decay is left."""
+    config = sound()
+    config.server_optimizer = SgdConfig(lr=lr, schedule=schedule)
+    config.estimator = BackpropConfig(local_optimizer=LocalOptimizer.adamw, weight_decay=decay)
+    last = learning_rate(config.server_optimizer, round=config.fl.rounds - 1, rounds=config.fl.rounds)
+    theta = torch.nn.Parameter(torch.ones(4))
+    theta.grad = torch.zeros(4)
+    optimizer = torch.optim.AdamW([theta], lr=last, weight_decay=decay)
+    for _ in range(200):
+        optimizer.step()
+
+    problems = launch_problems(config)
+
+    kept = (1 - float(theta.detach()[0])) / (1 - (1 - last * decay) ** 200)
+    assert (abs(kept - 1) < 0.04) is holds
+    assert [problem.key for problem in problems] == ([] if holds else ["estimator.weight_decay"])
+    assert holds or "estimator.weight_decay must make lr * weight_decay 0, or at least 1e-6" in problems[0].text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -19,6 +20,49 @@ def test_a_glob_matches_options_and_no_schemas() -> None:
 
     assert [type(config.trainer).__name__ for config in sweep.configs] == ["MezoConfig"]
     assert sweep.overrides == ["trainer=mezo", "hydra.sweep.dir=all", "hydra.sweep.dir='all'"]
+
+
+def test_a_typo_that_all_jobs_have_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[object] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        composed.append(arguments)
+        return compose_run(*arguments, **options)
+
+    for module in ("load", "diagnose"):
+        monkeypatch.setattr(f"fedzo.config.{module}.compose_run", counted)
+    counts = []
+    for seeds in ("0,1", "0,1,2,3,4"):
+        composed.clear()
+        with pytest.raises(ConfigError) as caught:
+            plan_sweep(["trainer.lrr=4", "fl.rounds=2", "fl.batch_size=2", f"seed={seeds}"])
+        assert str(caught.value) == "trainer.lrr=4: trainer.lrr is not a setting. Did you mean trainer.lr?"
+        counts.append(len(composed))
+
+    assert counts[1] - counts[0] == 3  # one a job, as in a sound sweep
+
+
+def test_the_other_problems_of_jobs_are_told_beside_a_word_that_is_wrong_in_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_sweep(["fl.local_steps=many", "fl.rounds=1,0,some", "fl.batch_size=0"])
+
+    head, *lines = str(caught.value).splitlines()
+    assert head == "4 problems in the configuration:"
+    starts = [
+        "fl.local_steps=many: ",
+        "fl.batch_size must be >= 1, got 0.",
+        "job 1 (fl.rounds=0): fl.rounds must be >= 1, got 0.",
+        "job 2 (fl.rounds=some): fl.rounds=some: ",
+    ]
+    assert [line[4 : 4 + len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+
+
+def test_a_word_that_is_wrong_for_some_choices_is_told_of_their_jobs_alone() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_sweep(["trainer.rank=4", "seed=0,1", "trainer=mezo,lora"])
+
+    told = "job 0 (seed=0 trainer=mezo) and 1 more: trainer.rank=4: trainer.rank is not a setting. It belongs to "
+    assert str(caught.value) == f"{told}trainer=lora, and another is chosen."
 
 
 def test_a_glob_that_matches_nothing_is_refused() -> None:

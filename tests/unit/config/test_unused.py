@@ -87,6 +87,24 @@ SITES = ["experiment=sites", "runtime=remote", "runtime.server=."]
             "evaluation.federated_max_rows must be left out for evaluation.federated_every_rounds=-1, with which no ",
             ["evaluation.federated_every_rounds=0", "evaluation.federated_max_rows=8"],
         ),
+        *(
+            (
+                [*chosen, f"trainer.{key}={value}"],
+                f"trainer.{key} must be left out without {word}, since no text is read, got {value}. Write {word}, or ",
+                [*others, f"trainer.{key}={value}"],
+            )
+            for key, value in (("calibration", "train"), ("calibration_docs", 9), ("calibration_tokens", 9))
+            for chosen, word, others in (
+                (["trainer.selector=random"], "trainer.selector=sensitivity", ["trainer.selector=sensitivity"]),
+                (["trainer.selector=magnitude"], "trainer.selector=sensitivity", []),
+                (["trainer=tables", "trainer.gradient=false"], "trainer.gradient=true", ["trainer=tables"]),
+            )
+        ),
+        (
+            ["strategy.deadline_s=5"],
+            "strategy.deadline_s must be left out for runtime=inline, where clients run one after another, without a ",
+            ["runtime=local", "strategy.deadline_s=5"],
+        ),
         (
             ["model.compile=true", "model.cuda_graphs=true"],
             "model.cuda_graphs must be left out for model.compile=true, with which it is not used, got true.",
@@ -146,6 +164,17 @@ def test_a_users_preset_may_hold_what_another_choice_leaves_without_effect(
     assert str(getattr(getattr(config, section), name)) in {value, f"{value}.0"}
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)} must be left out .*, got {re.escape(value)}\. "):
         load([*others, word])
+
+
+def test_a_text_is_needed_by_some_jobs_of_a_sweep_alone(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").touch()
+    text = ["trainer.calibration=file", f"inputs.calibration={tmp_path / 'text.txt'}"]
+
+    sweep = plan_sweep(["trainer.selector=random,sensitivity", *text])
+
+    assert len(sweep.configs) == 2
+    with pytest.raises(ConfigError, match=r"^trainer\.calibration must be left out without trainer\.selector="):
+        plan_sweep(["trainer.selector=random,magnitude", *text])
 
 
 def test_jobs_of_a_sweep_may_have_words_that_others_need() -> None:

@@ -143,12 +143,15 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir(parents=True)
         text = "".join(json.dumps(line) + "\n" for line in (records() if lines is None else lines))
         (folder / "metrics.jsonl").write_text(text)
-        config = {
+        config: dict[str, Any] = {
             "trainer": {"plugin": "meerkat"},
             "task": {"name": task, "candidates": [" terrible", " great"]},
             "model": {"name": "smollm2-135m"},
             "fl": {"num_clients": 3},
         }
+        for key, value in overrides.items():  # what the words say is in the configuration, too
+            section, _, name = key.partition("__")
+            config[section] = value if section == "seed" else {**config.get(section, {}), name or "plugin": value}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "environment.json").write_text(json.dumps({"fedzo": "0.1.0", "cpu_count": 2}))
         given = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]

@@ -150,6 +150,27 @@ def test_a_replay_that_takes_long_is_told_and_one_of_nothing_is_not(capsys: pyte
     assert capsys.readouterr().out == "replaying 1 round ...\nrestoring the model after 4 rounds ...\n"
 
 
+def test_a_terminal_that_cannot_draw_is_told_of_rounds_by_plain_lines(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Emacs' shell is."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("fedzo.report.sinks.PLAIN_EVERY_S", -1.0)
+    sink = ProgressSink(10)
+    with sink.round():
+        pass
+    sink.write(next(line for line in records(make_run()) if isinstance(line, Round)))
+    shown = terminal.getvalue()
+    sink.close()
+
+    begun, told = shown.splitlines()
+    assert begun == "first round ..."
+    assert told.startswith("round 1/10  loss 0.800")
+
+
 @pytest.mark.parametrize(("stderr", "shown"), [(False, ("measuring ...\n", "")), (True, ("", "measuring ...\n"))])
 def test_without_a_terminal_long_work_is_one_plain_line(
     stderr: bool, shown: tuple[str, str], capsys: pytest.CaptureFixture[str]

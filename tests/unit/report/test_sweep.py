@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from fedzo.report.sweep import write_comparison, write_sweep_report
+from fedzo.config.travel import _MACHINE
+from fedzo.errors import FolderInUseError, RunFolderError
+from fedzo.report.jobs import noted_failure
+from fedzo.report.over_seeds import _ELSEWHERE
+from fedzo.report.sweep import unfinished_jobs, write_comparison, write_sweep_report
 
 MakeRun = Callable[..., Path]
 
@@ -35,6 +39,39 @@ def test_the_table_has_a_row_a_job_with_what_varies(make_run: MakeRun, tmp_path:
     assert [row[3:10] for row in rows[2:4]] == [["10", "0.25", "0.75", "0.555", "0.765", "0.5", ""]] * 2
     assert "must hold at least one record" in page.read_text()
     assert (tmp_path / "sweep.md").read_text().count("\n") == 5
+
+
+def test_a_job_that_failed_is_told_with_its_reason_and_its_own_settings(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("good", trainer="good", fl__rounds="200")
+    held = make_run("held", trainer="held", fl__rounds="100")  # a finished run, of other settings
+    (tmp_path / "refused" / "deep").mkdir(parents=True)
+    errors = {"held": RunFolderError("it holds a run of other settings."), "refused/deep": KeyError("of a\n plugin")}
+    for name, error in errors.items():
+        words = [f"trainer={name}", "fl.rounds=200"]
+        with pytest.raises(type(error)), noted_failure(tmp_path / name, words):
+            raise error
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[:3] == ["job", "trainer", "state"]
+    assert [row[:3] for row in rows] == [
+        ["good", "good", "finished"],
+        ["held", "held", "failed"],
+        ["refused/deep", "refused/deep", "failed"],
+    ]
+    assert len(rows[1]) == 3  # no number of the run that is there
+    text = html.unescape(page.read_text())
+    assert "held: it holds a run of other settings." in text
+    assert "refused/deep: KeyError('of a\\n plugin')" in text
+    assert unfinished_jobs(tmp_path) == ["held", "refused/deep"]
+    with noted_failure(held, []):
+        pass
+    with pytest.raises(FolderInUseError), noted_failure(held, []):
+        raise FolderInUseError("another process is using it")
+    assert unfinished_jobs(tmp_path) == ["refused/deep"]
 
 
 def test_a_sweep_without_test_rows_is_judged_by_its_dev_rows(make_run: MakeRun, tmp_path: Path) -> None:
@@ -297,6 +334,70 @@ def test_a_run_that_is_repeated_with_its_seed_counts_once(make_run: MakeRun, tmp
 
     assert "only the last counts in the means" in page.read_text()
     assert "| 2 | 0.250 | 75.0 % +- 63.5 points |" in (tmp_path / "all" / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize("key", ["device", "threads", "runtime", "runtime__num_actors", "report", "trackers"])
+def test_seeds_have_a_mean_wherever_they_were_computed_and_however_told_of(
+    make_run: MakeRun, tmp_path: Path, key: str
+) -> None:
+    for seed, elsewhere, dev_loss, test in (("0", "one", 0.2, 0.7), ("1", "other", 0.6, 0.8)):
+        _score(make_run(seed, seed=seed, **{key: elsewhere}), dev_loss=dev_loss, test=test)
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    assert "dev loss:" not in page.read_text()  # neither seed is named the best
+    assert "different settings" not in page.read_text()
+    assert (tmp_path / "sweep.md").read_text().split("\n\n")[1].splitlines() == [
+        "| seeds | mean dev loss | mean test |",
+        "| --- | --- | --- |",
+        "| 2 | 0.400 | 75.0 % +- 63.5 points |",
+    ]
+
+
+def test_what_makes_no_other_run_parts_no_seeds_but_for_who_rewrites_rows() -> None:
+    assert {*_ELSEWHERE, "rewriter"} == {*_MACHINE}
+
+
+def test_seeds_whose_rows_other_models_rewrote_are_of_other_settings(make_run: MakeRun, tmp_path: Path) -> None:
+    for model, seed, dev_loss in (("a", "0", 0.1), ("a", "1", 0.2), ("b", "0", 0.5), ("b", "1", 0.7)):
+        _score(make_run(f"{model}{seed}", rewriter__model=model, seed=seed), dev_loss=dev_loss)
+
+    write_sweep_report(tmp_path)
+
+    rows = (tmp_path / "sweep.md").read_text().split("\n\n")[1].splitlines()[2:]
+    assert [row.split(" | ")[:3] for row in rows] == [["| a", "2", "0.150"], ["| b", "2", "0.600"]]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_runs_of_the_same_words_and_other_settings_have_no_mean_together(
+    make_run: MakeRun, tmp_path: Path, seeds: int
+) -> None:
+    """As of an experiment's file of ``--config-dir`` that was edited between them."""
+    for number in range(2 * seeds):
+        run = make_run(str(number), experiment="mine", seed=str(number))
+        _change_config(run, {"trainer": {"lr": 0.1 if number < seeds else 0.9}})
+        _score(run, dev_loss=0.1 * (1 + number))
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    assert "Jobs of the same words have different settings" in page.read_text()
+    tables = (tmp_path / "sweep.md").read_text().split("\n\n")[1:]
+    rows = [row.split(" | ")[:2] for table in tables for row in table.splitlines()[2:]]
+    assert rows == ([] if seeds == 1 else [["| 2", "0.150"], ["| 2", "0.350"]])  # of 0.1 and 0.2, of 0.3 and 0.4
+
+
+def test_runs_without_a_configuration_go_by_their_words(make_run: MakeRun, tmp_path: Path) -> None:
+    for lr, seed, dev_loss in (("0.1", "0", 0.1), ("0.1", "1", 0.2), ("0.2", "0", 0.5), ("0.2", "1", 0.7)):
+        run = make_run(f"{lr}-{seed}", trainer__lr=lr, seed=seed, device=seed)
+        (run / "config.yaml").unlink()
+        _score(run, dev_loss=dev_loss)
+
+    write_sweep_report(tmp_path)
+
+    rows = (tmp_path / "sweep.md").read_text().split("\n\n")[1].splitlines()[2:]
+    assert [row.split(" | ")[:3] for row in rows] == [["| 0.1", "2", "0.150"], ["| 0.2", "2", "0.600"]]
 
 
 @pytest.mark.parametrize(
