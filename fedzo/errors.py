@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -70,6 +70,12 @@ def some(names: list[str]) -> str:
     """The first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def some_reasons(reasons: Sequence[str]) -> str:
+    """The first eight, and how many more there are."""
+    more = [f"and {len(reasons) - 8} more"] if len(reasons) > 8 else []
+    return "; ".join([*reasons[:8], *more])
 
 
 class FolderInUseError(RunFolderError):

@@ -123,13 +123,13 @@ def job(composed: DictConfig) -> float | None:
         raise
 
 
-def _let_frames_go(error: BaseException | None) -> None:
+def _let_frames_go(error: BaseException) -> None:
     """Empty the frames of an error that Hydra keeps until all jobs have run: the job's model is in them."""
-    if error is not None:
-        traceback.clear_frames(error.__traceback__)  # those that still run stay as they are
-        _let_frames_go(error.__cause__)
-        if error.__context__ is not error.__cause__:
-            _let_frames_go(error.__context__)
+    found: list[BaseException | None] = [error]
+    for each in found:  # which grows by what is behind it
+        if each is not None:
+            traceback.clear_frames(each.__traceback__)  # those that still run stay as they are
+            found += [other for other in (each.__cause__, each.__context__) if other not in found]
 
 
 def _objective(folder: Path, *, is_first: bool) -> float:
@@ -285,7 +285,12 @@ def _folder_errors(key: str, *, below: Path | None = None) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__cause__  # logging wraps it in a ValueError
         if isinstance(error, FedzoError) or not isinstance(cause, OSError):
             raise
-        if below and below.resolve() not in Path(str(cause.filename or "/")).resolve().parents:
+        if below and (isinstance(cause, FileNotFoundError) or not _is_below(cause.filename, below)):
             raise
         where = f"run folder {cause.filename}: it must be writable, got {cause.strerror!r}"
         raise RunFolderError(f"{where}. Choose another with {key}=<folder>.") from error
+
+
+def _is_below(file: object, folder: Path) -> bool:
+    """Whether an error names a file in a folder, or deeper."""
+    return file is not None and folder.resolve() in Path(str(file)).resolve().parents

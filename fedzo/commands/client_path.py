@@ -149,7 +149,7 @@ def _find(audit: Sequence[AuditLine], *, client: int, round: int) -> tuple[Audit
         if entry.client == client:
             return line, entry
     present = ", ".join(str(entry.client) for entry in line.clients)
-    why = "sent nothing usable" if client in line.refused else "was not asked"
+    why = "sent nothing usable, or rested" if client in line.refused else "was not asked"
     raise ConfigError(
         f"--client must have taken part in round {round} (clients {present}), but client {client} {why}. "
         "Choose another client or round."

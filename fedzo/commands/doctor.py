@@ -143,6 +143,8 @@ def _model(site: SiteFile) -> Iterator[Check]:
             yield "memory", False, told
             return
         loaded = load_model(site.model, device=site.device)
+    except PermissionError:  # which is told of for the whole folder
+        raise
     except Exception as error:  # a driver, or a model's own code, may raise anything
         foreseen = isinstance(error, ConfigError)
         yield "model", False, str(error) if foreseen else printable(f"{type(error).__name__}: {error}")
@@ -219,11 +221,13 @@ def _logs(folder: Path) -> Iterator[Check]:
 def _proxies() -> Check:
     """Which proxies the environment names, and whether all that is asked of the server can go by them."""
     found = ", ".join(name for name in PROXIES if os.environ.get(name))
+    except_for = ", ".join(name for name in ("NO_PROXY", "no_proxy") if os.environ.get(name))
     try:
         httpx.Client(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)).close()  # which looks at all of them
     except (ValueError, httpx.InvalidURL, ImportError) as error:
-        remedy = "An address must begin with http://, https://, socks5:// or socks5h://"
-        return "proxy", False, f"{found}: {printable(str(error))}. {remedy}"
+        what = ", ".join(filter(None, (found, except_for)))
+        remedy = "A proxy's address must begin with http://, https://, socks5:// or socks5h://. NO_PROXY names hosts"
+        return "proxy", False, f"{what}: {printable(str(error))}. {remedy}"
     return "proxy", True, f"{found}: used for traffic to other machines" if found else "none in the environment"
 
 

@@ -83,9 +83,7 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
     folder.check()
     folder.check_name(name)
     if key is not None:
-        is_line = re.match(r"\s*(ecdsa|ssh)-\S+ ", key)
-        line = key if is_line else Path(key).read_text(encoding="utf-8", errors="replace")
-        client = folder.add_client(name, index=index, key=line)
+        client = folder.add_client(name, index=index, key=_key_line(key))
         yield _registered(client)
         yield f"the site needs {folder.file('ca.crt')} as ca.crt in its folder: send it there"
         return
@@ -225,6 +223,16 @@ def fill(folder: Path, files: Mapping[str, str], **more: object) -> str:
             paths = {"folder": _quoted(str(folder.resolve()), name), "python": _quoted(sys.executable, name)}
             replace_file(file, Template(template(source)).substitute(values, **paths))
     return f"as a service: one of {', '.join(files)}"
+
+
+def _key_line(key: str) -> str:
+    """The text of a file with a key; what holds a blank and names no file is the key itself."""
+    try:
+        return Path(key).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        if " " not in key.strip():
+            raise
+        return key
 
 
 def _user() -> str:

@@ -96,14 +96,17 @@ def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[
     """
     if not has_begun(run_dir):
         return start_run(config, run_dir, overrides=overrides)
-    begun, config = read_launch(run_dir), _with_absolute_paths(config)
+    begun, store = read_launch(run_dir), config.rewriter.store
+    config = _with_absolute_paths(config)
+    if store is None:  # that of the working folder may be another one, with none of the run's rewrites
+        config.rewriter.store = begun.rewriter.store
     if not is_same_run(begun, config):
         raise RunFolderError(
             f"run folder {run_dir}: it holds a run of other settings. Choose another with hydra.sweep.dir=..., or name "
             "jobs by all that differs (hydra.sweep.subdir)."
         )
     if not any(ended.rounds == begun.fl.rounds for ended in RunLog(run_dir).metrics_of(Summary)):
-        with _alone(run_dir):
+        with _alone(run_dir), RunStore(run_dir):  # nobody else has it, a server left over from a start neither
             write_settings(config, run_dir, overrides)
         resume_run(run_dir)
 

@@ -60,6 +60,8 @@ def _in_quotes(text: str) -> str:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[+~]*[\w@./-]+", key):
         return " Quote the whole override for the shell if its value holds spaces."
+    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
+        return f" Check the key {key!r}."
     shell = in_shell(key, value)
     if value[:1] in {"[", "'", '"'} or re.match(r"\{\w+:", value):
         return f" Close its brackets and quotes and quote the texts in it; or, where it is one text, write {shell}"

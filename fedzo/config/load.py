@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from fedzo.config.compose import FAILURES, compose_run, session, to_config, with_models
 from fedzo.config.diagnose import diagnose, parse_overrides, reason, respelled
-from fedzo.config.rules import launch_problems, missing_files
+from fedzo.config.rules import launch_problems, missing_here
 from fedzo.config.schema import LaunchConfig, filled
 from fedzo.config.unused import unused_problems
 from fedzo.errors import ConfigError, Problem
@@ -74,7 +74,7 @@ def check(overrides: Sequence[str], *, trains: bool = True) -> tuple[LaunchConfi
 
 def _ruled(config: LaunchConfig, *, trains: bool = True) -> tuple[LaunchConfig, list[Problem]]:
     """The config with the trainer as its artifact has it, and its broken rules."""
-    missing, unread = missing_files(config), []
+    missing, unread = missing_here(config), []
     if config.inputs.artifact is not None and not any(each.key == "inputs.artifact" for each in missing):
         try:
             recipe = config.trainer.recipe_of(Path(config.inputs.artifact).expanduser())

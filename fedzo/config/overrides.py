@@ -67,8 +67,9 @@ def quoted(name: str) -> str:
 
 def in_shell(key: str, value: str) -> str:
     """An override whose value is one text, as a shell must be given it: with the quotes that it and Hydra need."""
-    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
-        return f"{key}={value}"
+    plain = f"{key}={value}"
+    if re.fullmatch(r"[\w./:-]+", value, re.ASCII) and OverridesParser.create().parse_override(plain).value() == value:
+        return plain  # of 2024_12_01 Hydra would make a number
     inner = f'{key}="{value}"' if "'" in value and not {'"', "\\"} & {*value} else f"{key}={quoted(value)}"
     return shlex.quote(inner) if "!" in inner else '"' + re.sub(r'(["\\$`])', r"\\\1", inner) + '"'
 

@@ -104,7 +104,7 @@ def run_problems(config: RunSettings) -> Iterator[Problem]:
         yield from _digests(config)
 
 
-def missing_files(config: LaunchConfig) -> list[Problem]:
+def missing_here(config: LaunchConfig) -> list[Problem]:
     """Files that a command line names and this machine does not have, and what its plugins lack here."""
     own = config.partition.traits.own_rows and config.data.path is not None
     paths = own_paths(config.data.path or "", config.fl.num_clients) if own else [config.data.path]

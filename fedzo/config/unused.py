@@ -65,7 +65,8 @@ def _rows(config: LaunchConfig) -> Iterator[Row]:
     if config.runtime.traits.takes_turns:
         why = f"for {option_of(config, 'runtime')}, where clients run one after another, without a limit"
         yield "strategy.deadline_s", why, "Leave it out."
-    yield from _of_trainer(config.trainer)
+    if config.inputs.artifact is None:  # else its own settings count
+        yield from _of_trainer(config.trainer)
     yield from _of_updates(config)
     yield from _of_scores(config)
     yield from _of_forwards(config)

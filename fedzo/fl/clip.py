@@ -9,7 +9,7 @@ round's clients are hostile, which takes three clients at least.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -43,16 +43,22 @@ def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], 
     if factor == 0:
         return NO_BOUND
     measured = [
-        entry.g[:common][~entry.dropped[:common]]
+        g
         for line, record in zip(audit[-rounds:], records[-rounds:], strict=True)
         if line.lr == record.lr  # a calibration's record has 0 instead
-        for common in [min((entry.steps for entry in line.clients), default=0)]
-        for entry in line.clients
+        for g in _of_common_steps(line)
     ]
     scalars = np.abs(np.concatenate([*measured, np.zeros(0)]), dtype=np.float64)
     if scalars.size == 0:
         return NO_BOUND
     return float(np.float32(min(factor * float(np.median(scalars)), float(np.finfo(np.float32).max))))
+
+
+def _of_common_steps(line: AuditLine) -> Iterator[Scalars]:
+    """What each client measured in the steps that all of them took."""
+    common = min((entry.steps for entry in line.clients), default=0)
+    for entry in line.clients:
+        yield entry.g[:common][~entry.dropped[:common]]
 
 
 def far_off(sizes: Mapping[int, float], *, factor: float = 0.0, least: float = 0.0) -> dict[int, float]:

@@ -1,6 +1,6 @@
 """What transformers is told of attention, where by its own guess it would ask torch for other kernels, or slow ones.
 
-Each note takes the place of a function of its modules, by name. That the names are there still, tests look.
+Each note takes the place of a function of its modules, by name. Tests check that the names are still there.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,17 +85,14 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
 def _load(config: ModelConfig, where: torch.device, max_length: int) -> LoadedModel:
     source = find_source(config)
     dtype = TORCH_DTYPES[DType(config.dtype)]
-    try:
+    with _reading(config, where):
         check_unpacked(source, config)
-        packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
-        if (held := held_bytes(config, source.files)) is not None:
-            check_room(config, held, where)
+    packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
+    if (held := held_bytes(config, source.files)) is not None:
+        check_room(config, held, where)
+    with _reading(config, where):
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
         model = _read(source, dtype, **packed)
-    except Exception as error:  # files from anywhere make transformers raise anything
-        if isinstance(error, ConfigError) or is_out_of_memory(error):
-            raise
-        raise _cannot_read(config, where, error) from error
     check_finite(model, source.files, name=config.name)
     check_length(model, max_length, name=config.name)
     if not packed:  # packed weights are where they belong already
@@ -155,6 +153,17 @@ def check_length(model: nn.Module, max_length: int, *, name: str) -> None:
             alone,
             alone,
         )
+
+
+@contextmanager
+def _reading(config: ModelConfig, device: torch.device) -> Iterator[None]:
+    """Whatever transformers raises of files from anywhere, as fedzo's own error."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ConfigError) or is_out_of_memory(error):
+            raise
+        raise _cannot_read(config, device, error) from error
 
 
 def _cannot_read(config: ModelConfig, device: torch.device, error: Exception) -> ConfigError:

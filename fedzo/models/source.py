@@ -296,7 +296,7 @@ def _safetensors(name: str, revision: str | None, config_file: Path) -> tuple[Pa
     Where config.json names a file or an index, it looks for no other.
     """
     named: Any = None
-    with suppress(ValueError, AttributeError):  # of a config.json that transformers tells the faults of
+    with suppress(OSError, ValueError, AttributeError):  # of a config.json that transformers tells the faults of
         named = json.loads(config_file.read_text(encoding="utf-8")).get("transformers_weights")
     wanted = (named,) if isinstance(named, str) else ("model.safetensors", "model.safetensors.index.json")
     index = next(filter(None, (find_file(name, each, revision) for each in wanted)), None)

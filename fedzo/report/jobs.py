@@ -11,6 +11,7 @@ from typing import Annotated
 
 from fedzo.errors import FedzoError, FolderInUseError, RunFolderError, printable
 from fedzo.fl.config import BestBy
+from fedzo.fl.log_store import has_begun
 from fedzo.records.decode import parse_json, read_record, to_json
 from fedzo.records.fields import Length
 from fedzo.records.folder import CONFIG, FAILED, OVERRIDES, RUN_FILE, read_file, replace_file
@@ -43,7 +44,8 @@ class Failure:
 @contextmanager
 def noted_failure(folder: Path, overrides: Sequence[str]) -> Iterator[None]:
     """Leave a note in a job's folder if the job fails; one of an earlier start is removed."""
-    (folder / FAILED).unlink(missing_ok=True)
+    with suppress(OSError):  # a folder that cannot be written is told of by the start
+        (folder / FAILED).unlink(missing_ok=True)
     try:
         yield
     except FolderInUseError:  # whoever has the folder may yet finish the run
@@ -160,7 +162,8 @@ def _job(folder: Path, name: str) -> Job:
     try:
         settings = _settings(folder)
         if failure := _failure(folder):
-            return Job(name, settings, None, printable(failure.text, most=1000))
+            hidden = f" To see the run in its folder again, remove {FAILED} there." if has_begun(folder) else ""
+            return Job(name, settings, None, printable(failure.text, most=1000) + hidden)
         return Job(name, settings, load_run(folder))
     except RunFolderError as error:
         return Job(name, settings, None, str(error))

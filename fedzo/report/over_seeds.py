@@ -17,6 +17,8 @@ from fedzo.report.jobs import SEED, Job, dev_number
 
 _ELSEWHERE = ("device", "threads", "artifact_max_bytes", "runtime", "report", "trackers")
 """Keys of where a job is computed and how it is told of. ``rewriter`` is none: other models write other rows."""
+_WRITES_ROWS = ("plugin", "model", "judge_model", "examples", "dtype", "max_tokens", "context_tokens")
+"""Keys of ``rewriter`` by which rows differ; the others are of its budget, its speed and its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,10 @@ def seeds_notes(groups: Sequence[Group], jobs: Sequence[Job], *, are_compared: b
 def _recipe(job: Job) -> str:
     """What its scores follow from beside its seed; by its words, where it has lost its configuration."""
     told = (job.run.config if job.run else {}) or dict(sorted(job.settings.items()))
-    return repr({key: told[key] for key in _of_recipe(told)})
+    recipe = {key: told[key] for key in _of_recipe(told)}
+    if isinstance(rewriter := recipe.get("rewriter"), dict):
+        recipe["rewriter"] = {key: rewriter.get(key) for key in _WRITES_ROWS}
+    return repr(recipe)
 
 
 def _words(job: Job, keys: Sequence[str]) -> tuple[str | None, ...]:

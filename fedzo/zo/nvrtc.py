@@ -80,6 +80,8 @@ class Compiler:
         program = _call(nvrtc.nvrtcCreateProgram, self._source.encode(), b"directions.cu", 0, [], [])
         try:
             _call(nvrtc.nvrtcCompileProgram, program, len(options), [option.encode() for option in options])
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             log = b" " * _call(nvrtc.nvrtcGetProgramLogSize, program)
             _call(nvrtc.nvrtcGetProgramLog, program, log)

@@ -191,7 +191,7 @@ def test_the_command_writes_the_values_after_each_step(
     before = sorted(path.name for path in tmp_path.iterdir())
 
     for options, message in (
-        (("--client", "1", "--round", "1"), "but client 1 sent nothing usable"),
+        (("--client", "1", "--round", "1"), "but client 1 sent nothing usable, or rested"),
         (("--client", "9", "--round", "1"), "(clients 0, 2, 3), but client 9 was not asked"),
         (("--client", "0", "--round", "3"), "--round must be below 3, the number of rounds in the log, got 3"),
         (

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedzo.errors import ConfigError, ProtocolError, printable
+from fedzo.errors import ConfigError, ProtocolError, printable, some_reasons
 from fedzo.fl.exchange import Grid, Outbox, Question, message_of, read
 from fedzo.fl.messages import Hello, HelloReply, Identity
 from fedzo.fl.server.registration import Pace, Place, Preparing, registration_problem, setup_of
@@ -31,7 +31,6 @@ MOST_RETRY_S = 600.0  # the longest such pause: who is mended after days need no
 PREPARING_S = 5.0  # the same for one that prepares its rows, every time
 TELL_S = 300.0  # how often the log says how far such a client is
 LOOK_S = 1.0  # how often new nodes are looked for beside a round
-MOST_REASONS = 8  # told of in one error
 
 
 @dataclass(slots=True)
@@ -115,11 +114,11 @@ class ClientRegistry:
                 log.warning(told, missing, now - started)
                 return
             if hopeless:
-                raise ConfigError(some_of([self._reasons[self._places[k].node] for k in missing]))
+                raise ConfigError(some_reasons([self._reasons[self._places[k].node] for k in missing]))
             known = [self._reasons[node] for node in sorted(self._reasons)]
             known += [f"client {k} is {at.preparing}" for k, at in sorted(self._places.items()) if at.preparing]
             known += [f"client {k} has not answered, and may still work on an earlier request" for k in busy]
-            reasons = some_of(known)
+            reasons = some_reasons(known)
             remedy = "Wait for them" if missing == busy else "Start them"
             lower = ", raise strategy.startup_s, or lower fl.num_clients" if fewest is None else ""
             raise ProtocolError(
@@ -331,12 +330,6 @@ class ClientRegistry:
     def _gets_on(self, *, since: float) -> bool:
         """Whether a client that is not here yet has prepared more rows since then, whatever became of its node."""
         return any(at.preparing and self._most[client][1] >= since for client, at in self._places.items())
-
-
-def some_of(reasons: Sequence[str]) -> str:
-    """As many of them as a person reads, and how many more there are."""
-    more = [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
-    return "; ".join([*reasons[:MOST_REASONS], *more])
 
 
 def _pause_s(first_s: float, doublings: int) -> float:

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from fedzo.errors import FedzoError, ProtocolError, printable
+from fedzo.errors import FedzoError, ProtocolError, printable, some_reasons
 from fedzo.fl.config import Transport, Weighting
 from fedzo.fl.exchange import Answers, Grid, Traffic
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import EvaluateReply, EvaluateRequest, TrainRequest
 from fedzo.fl.replica import Replica
 from fedzo.fl.server.aggregate import Result, client_weights
-from fedzo.fl.server.client_registry import ClientRegistry, some_of
+from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.metrics import round_metrics
 from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, checked_plan, news
 from fedzo.fl.server.sync import StateSync
@@ -254,7 +254,7 @@ class Server:
                     refused=refused,
                     traffic=traffic,
                 )
-        why = some_of([f"client {client}: {reason}" for client, reason in sorted(refused.items())])
+        why = some_reasons([f"client {client}: {reason}" for client, reason in sorted(refused.items())])
         raise FederationError(
             f"round {self.round}: strategy.min_replies = {strategy.min_replies} usable replies are needed, got "
             f"{len(results)} ({why}). The log is kept. Repair the clients and continue with `fedzo resume`."

@@ -187,18 +187,20 @@ class Tail:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._read = file.stat().st_size if file.exists() else 0
+        found = file.stat() if file.exists() else None
+        self._inode, self._read = (found.st_ino, found.st_size) if found else (0, 0)
 
     def new(self) -> list[str]:
         """Those since the last call."""
         try:
             with self._file.open("rb") as text:
-                if text.seek(0, os.SEEK_END) < self._read:  # it was cut, as logrotate's copytruncate does
-                    self._read = 0
+                inode = os.fstat(text.fileno()).st_ino
+                # it was renamed, or cut, as logrotate does
+                if inode != self._inode or text.seek(0, os.SEEK_END) < self._read:
+                    self._inode, self._read = inode, 0
                 text.seek(self._read)
                 said = text.read(1 << 20)
-        except FileNotFoundError:  # it was renamed, as logrotate may do: what comes is a new file
-            self._read = 0
+        except FileNotFoundError:
             return []
         whole = said[: said.rfind(b"\n") + 1]
         self._read += len(whole)

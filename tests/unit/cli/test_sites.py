@@ -117,6 +117,7 @@ def test_an_invitation_that_cannot_be_written_leaves_no_key_that_nobody_has(
     [
         ("none.pub", "none.pub: there is no such file or folder"),
         ("ssh-rsa " + "A" * 5000, "the public key must be one line"),
+        ("-----BEGIN PUBLIC KEY----- AAAA", "the public key must be one line"),
     ],
 )
 def test_a_key_that_cannot_be_read_is_named(server: Path, key: str, says: str, capsys: Capture) -> None:
@@ -816,6 +817,18 @@ def test_doctor_tells_whether_a_site_can_speak_by_the_proxy_of_its_environment(
     assert "word" not in found["proxy"][1]
     assert ("must begin with http://, https://, socks5:// or socks5h://" in found["proxy"][1]) != good
     assert ("server" in found) == good  # else nothing can be asked
+
+
+def test_doctor_names_the_variable_that_no_proxy_is_at_fault_for(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):  # Python reads the latter first
+        monkeypatch.setenv(name, "[::1]")
+
+    found = {name: (fine, told) for name, fine, told in folder_checks(server)}
+
+    assert not found["proxy"][0]
+    assert found["proxy"][1].startswith("NO_PROXY, no_proxy: ")
 
 
 def test_doctor_compares_packages_with_what_fedzo_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.rules import launch_problems, missing_files, site_problems
+from fedzo.config.rules import launch_problems, missing_here, site_problems
 from fedzo.config.schema import LaunchConfig, SiteFile
 from fedzo.config.unused import unused_problems
 from fedzo.data.config import Loss, TaskConfig, TaskKind
@@ -68,7 +68,7 @@ def set_key(config: LaunchConfig, key: str, value: Any) -> None:
 
 def test_a_sound_config_has_no_problem() -> None:
     assert launch_problems(sound()) == []
-    assert missing_files(sound()) == []
+    assert missing_here(sound()) == []
 
 
 @pytest.mark.parametrize(
@@ -744,18 +744,18 @@ def test_a_file_that_is_not_there_is_named(key: str, tmp_path: Path) -> None:
     config = sound()
     set_key(config, key, str(tmp_path / "no"))
 
-    (problem,) = missing_files(config)
+    (problem,) = missing_here(config)
 
     assert problem.text.startswith(f"{key} must name something that exists, got '{tmp_path}/no'.")
     set_key(config, key, str(tmp_path))
-    assert missing_files(config) == []
+    assert missing_here(config) == []
 
 
 def test_a_hub_name_is_no_file() -> None:
     config = sound()
     config.model.name = "facebook/opt-125m"
 
-    assert missing_files(config) == []
+    assert missing_here(config) == []
 
 
 def test_all_broken_rules_are_reported() -> None:

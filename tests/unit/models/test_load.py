@@ -94,6 +94,21 @@ def test_what_a_gpu_fails_at_is_not_told_as_the_models_fault(folder: Path, monke
     assert str(told.value.__cause__) == said
 
 
+def test_a_gpu_that_is_busy_is_not_told_as_damaged_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is asked for before anything is read."""
+    said = "CUDA driver initialization failed, you might not have a CUDA gpu."
+
+    def check_room(*args: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("fedzo.models.load.check_room", check_room)
+
+    with pytest.raises(RuntimeError, match=said) as told:
+        load_model(ModelConfig(name=str(folder)), device="cpu")
+
+    assert "git lfs" not in str(told.value)
+
+
 def test_a_fault_of_the_models_own_forward_stays_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(model: object, *, name: str) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (16x32 and 31x32)")

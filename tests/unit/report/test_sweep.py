@@ -369,6 +369,15 @@ def test_seeds_whose_rows_other_models_rewrote_are_of_other_settings(make_run: M
     assert [row.split(" | ")[:3] for row in rows] == [["| a", "2", "0.150"], ["| b", "2", "0.600"]]
 
 
+def test_a_larger_budget_of_the_rewriter_parts_no_seeds(make_run: MakeRun, tmp_path: Path) -> None:
+    for seed, most_calls in (("0", "100"), ("1", "200")):
+        _score(make_run(seed, rewriter__model="a", rewriter__most_calls=most_calls, seed=seed), dev_loss=0.5)
+
+    write_sweep_report(tmp_path)
+
+    assert "| 2 | 0.500 |" in (tmp_path / "sweep.md").read_text().split("\n\n")[1]
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_runs_of_the_same_words_and_other_settings_have_no_mean_together(
     make_run: MakeRun, tmp_path: Path, seeds: int

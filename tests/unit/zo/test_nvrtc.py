@@ -140,6 +140,15 @@ def emptied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return times
 
 
+def test_a_compiler_that_lacks_memory_is_not_told_as_a_fault_of_the_kernels(
+    bindings: Bindings, emptied: list[int]
+) -> None:
+    bindings.nvrtc.nvrtcCompileProgram = lambda *given: (Status.NVRTC_ERROR_OUT_OF_MEMORY,)
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"failed: NVRTC_ERROR_OUT_OF_MEMORY$"):
+        start(launch_of())
+
+
 @pytest.mark.parametrize("name", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"])
 def test_where_the_driver_lacks_memory_torch_gives_back_what_it_keeps(
     name: str, bindings: Bindings, emptied: list[int]

@@ -131,7 +131,7 @@ class _Numbers:
 
     def add(self, token: str) -> None:
         """Read a word, or a sign."""
-        if token in _MINUS:
+        if token in _MINUS or token == "minus":
             self.close()
             self._sign = "-"
         elif token[0].isdecimal():

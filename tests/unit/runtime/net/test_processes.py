@@ -149,6 +149,10 @@ def test_a_log_that_is_renamed_is_read_on_in_the_new_file(tmp_path: Path) -> Non
     assert tail.new() == ["the second, and longer"]
     assert tail.new() == []
 
+    log.rename(tmp_path / "site.log.2")  # and nobody looks before the new file is there
+    log.write_text("the third, which is longer than what was read before\n")
+    assert tail.new() == ["the third, which is longer than what was read before"]
+
 
 @pytest.mark.slow
 def test_watching_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
