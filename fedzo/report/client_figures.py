@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from matplotlib.axes import Axes
 
 from fedzo.records.metrics import FederatedScore
-from fedzo.report.format import counted, last, percent_text, score_text, span
+from fedzo.report.format import counted, last, percent_text, score_text, shortened, span
 from fedzo.report.panels import chosen_clients, client_colours, colour_scale, label_shares
 from fedzo.report.run_data import RunData, Scored
 from fedzo.report.style import (
@@ -19,9 +20,11 @@ from fedzo.report.style import (
     ORANGE,
     PAPER,
     SERIES,
+    TEXT,
     Picture,
     gaps,
     lone,
+    mean_of_known,
     new_axes,
     percent_axis,
     running_mean,
@@ -31,7 +34,10 @@ from fedzo.report.style import (
 
 MAX_LINES = 60
 MAX_POINTS = 400  # of a running mean; a page must stay small
+MAX_BARS = 250  # side by side; a page must stay small
 MAX_CLASSES = len(SERIES)
+MAX_CLASS_NAME = 32  # letters
+MAX_LEGEND_LETTERS = 80  # of a row
 MAX_TICK_LETTERS = 70  # that fit below an axis
 
 
@@ -48,27 +54,39 @@ def draw_labels(run: RunData) -> Picture | None:
     axes.grid(visible=True, axis="y" if many else "x")
     axes.grid(visible=False, axis="x" if many else "y")
     order = sorted(clients, key=lambda client: -client.num_train) if many else list(clients)
-    places, base = list(range(len(order))), [0] * len(order)
-    series = [(run.class_name(label), [c.label_counts.get(label, 0) for c in order]) for label in shown]
+    edges = _edges(len(order))
+    base = [0.0] * (len(edges) - 1)
+    series = [
+        (shortened(run.class_name(label), MAX_CLASS_NAME), [c.label_counts.get(label, 0) for c in order])
+        for label in shown
+    ]
     if len(ranked) > len(shown):
         rest = [sum(n for label, n in c.label_counts.items() if label not in shown) for c in order]
         series.append((f"{len(ranked) - len(shown)} others", rest))
     if not series:
         series = [("rows", [c.num_train for c in order])]
     for (name, counts), colour in zip(series, SERIES, strict=False):
-        draw = axes.bar if many else axes.barh
-        draw(places, counts, 1.0 if many else 0.7, base, color=colour, label=name)
-        base = [low + count for low, count in zip(base, counts, strict=True)]
+        means = _means(counts, edges)
+        tops = [low + mean for low, mean in zip(base, means, strict=True)]
+        if many:
+            axes.stairs(tops, edges, baseline=base, fill=True, color=colour, label=name)
+        else:
+            axes.barh(edges[:-1], means, 0.7, base, color=colour, label=name)
+        base = tops
     (axes.set_ylabel if many else axes.set_xlabel)("training rows")
     (axes.yaxis if many else axes.xaxis).set_major_locator(whole_numbers(8))
     if many:
-        axes.set_xlabel(f"{len(order)} clients, largest first")
+        merged = f", means of {edges[1]}" if edges[1] > 1 else ""
+        axes.set_xlabel(f"{len(order):,} clients, largest first{merged}")
         axes.set_xticks([])
     else:
-        axes.set_yticks(places, [f"client {c.client}" for c in order])
+        axes.set_yticks(edges[:-1], [f"client {c.client}" for c in order])
         axes.invert_yaxis()
     if len(series) > 1:
-        figure.legend(loc="outside upper left", ncols=min(len(series), 5), handlelength=1, handleheight=1)
+        columns = MAX_LEGEND_LETTERS // (3 + max(len(name) for name, _ in series))
+        figure.legend(
+            loc="outside upper left", ncols=max(1, min(len(series), 5, columns)), handlelength=1, handleheight=1
+        )
     sizes, shares = [client.num_train for client in clients], label_shares(run)
     caption = f"Rows per client and label: {span(sizes, 'row')} a client."
     if len(set(shares.values())) > 1:
@@ -121,15 +139,17 @@ def draw_federated(found: Scored, *, name: str, num_clients: int) -> Picture | N
     scored, whole = final.worst_first, final.value
     assert whole is not None  # the mean of what clients tell
     figure, axes = new_axes(height=2.7)
-    places = list(range(len(scored)))
     few = len(scored) <= 40
-    colours = [ORANGE] + [BLUE] * (len(scored) - 1)
-    axes.bar(places, [value for _, value in scored], 0.66 if few else 1.0, color=colours)
+    edges = [0, *(1 + edge for edge in _edges(len(scored) - 1))]  # the worst client has a bar of its own
+    places = [(low + high - 1) / 2 for low, high in pairwise(edges)]
+    merged = [high - low for low, high in pairwise(edges)]
+    colours = [ORANGE] + [BLUE] * (len(places) - 1)
+    axes.bar(places, _means([value for _, value in scored], edges), 0.66 if few else merged, color=colours)
     if first.round < final.round:
         earlier = dict(first.worst_first)
         axes.plot(
             places,
-            gaps([earlier.get(client) for client, _ in scored]),
+            _means([earlier.get(client) for client, _ in scored], edges),
             color=INK,
             linestyle="none",
             marker="_",
@@ -145,7 +165,7 @@ def draw_federated(found: Scored, *, name: str, num_clients: int) -> Picture | N
         xycoords=("axes fraction", "data"),
         xytext=(6, 0),
         textcoords="offset points",
-        color=GREEN,
+        color=TEXT[GREEN],
         va="center",
         annotation_clip=False,
     )
@@ -155,7 +175,7 @@ def draw_federated(found: Scored, *, name: str, num_clients: int) -> Picture | N
         axes.set_xticks(places, names if fits else [""] * len(names))
     else:
         axes.set_xticks([])
-    axes.set_xlabel("client, worst first")
+    axes.set_xlabel("client, worst first" + (f", others as means of {max(merged)}" if max(merged) > 1 else ""))
     axes.set_ylabel(f"{final.metric} on own held-out rows")
     values = [value for score in (first, final) for _, value in score.worst_first]
     if min(values) >= 0 and max(values) <= 1:
@@ -194,6 +214,16 @@ def _label_bars(axes: Axes, metric: str, values: Sequence[float]) -> None:
             va="bottom",
             color=INK if short else PAPER,
         )
+
+
+def _edges(count: int) -> list[int]:
+    """Where the bars of so many clients begin, and where the last ends: at most ``MAX_BARS``, each of neighbours."""
+    return [*range(0, count, max(1, -(-count // MAX_BARS))), count]
+
+
+def _means(values: Sequence[float | None], edges: Sequence[int]) -> list[float]:
+    """Of what is known between any two edges."""
+    return [mean_of_known(values[low:high]) for low, high in pairwise(edges)]
 
 
 def _label_totals(run: RunData) -> Counter[str]:

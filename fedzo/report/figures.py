@@ -200,7 +200,7 @@ def _bytes(run: RunData) -> Picture | None:
     caption = (
         f"A client sent {bytes_text(up)} of payload in {counted(len(run.rounds), 'round')} "
         f"(mean over {counted(num_clients, 'client')}). "
-        "Payload: the bytes of the algorithm's numbers. Messages: the payload in Flower's message format."
+        "Payload: the bytes of the algorithm's numbers. Messages: payload and set-up in Flower's message format."
     )
     if any(scored.federated for scored in run.scored):
         caption += " Clients' scores count as messages."

@@ -91,6 +91,16 @@ def last(number: int, what: str = "") -> str:
     return _some("the last", number, what)
 
 
+def shortened(text: str, most: int, *, tail: int = 0) -> str:
+    """At most so many letters of a text, with the last ``tail`` of them from its end.
+
+    Example:
+        >>> shortened("a fair review", 9), shortened("/data/reviews/v2", 9, tail=4), shortened("fair", 9)
+        ('a fair r…', '/dat…s/v2', 'fair')
+    """
+    return text if len(text) <= most else f"{text[: most - tail - 1].rstrip()}…{text[len(text) - tail :]}"
+
+
 def _some(which: str, number: int, what: str) -> str:
     if number == 1:
         return f"{which} {what or 'one'}"

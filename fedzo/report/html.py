@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -28,7 +29,13 @@ from fedzo.report.format import (
 from fedzo.report.run_data import RunData, load_run
 from fedzo.report.style import Picture, page_svg, save_pictures, writing_report
 
-Table = tuple[str, list[list[str]]]
+
+class Table(NamedTuple):
+    """A table of a page; with ``has_head``, its first row names the columns."""
+
+    title: str
+    rows: list[list[str]]
+    has_head: bool = False
 
 
 def write_report(run_dir: Path, *, out_dir: Path | None = None) -> Path:
@@ -49,8 +56,8 @@ def write_report(run_dir: Path, *, out_dir: Path | None = None) -> Path:
         headline=_from_to(before.metric, before.value, after.value) if before and after else "",
         headline_note=_headline_note(run),
         notes=_notes(run),
-        tables=[t for t in (_numbers(run), _evaluators(run), _classes(run), _own_classes(run), _lost(run)) if t[1]],
-        long_tables=[table for table in (_stages(run), _clients(run)) if table[1]],
+        tables=[t for t in (_numbers(run), _evaluators(run), _classes(run), _own_classes(run), _lost(run)) if t.rows],
+        long_tables=[table for table in (_stages(run), _clients(run)) if table.rows],
         pictures=pictures,
         details=[
             ("Configuration", run.config_text),
@@ -134,7 +141,8 @@ def _notes(run: RunData) -> list[str]:
         return notes
     if run.first.test[1]:
         again = " of each total" if run.extensions else ""
-        notes.append(f"The test rows were scored once before training and once at the best round{again}.")
+        when = "at the best round" if run.first.dev else "after the last round"
+        notes.append(f"The test rows were scored once before training and once {when}{again}.")
         notes[-1] += " No choice of this run used the test rows."
     notes.append("Message bytes are contents as Flower counts them, without HTTP and TLS.")
     if any(line.wire_up_bytes for line in run.rounds):
@@ -161,14 +169,14 @@ def _numbers(run: RunData) -> Table:
             most = f"up to {count_text(forwards.tokens_per_batch)} tokens at once"
             rows.append(["forwards at the server", f"{forwards.products or forwards.dtype}, {most}"])
     for what, up, down in (
-        ("payload a client", "payload_up_bytes", "payload_down_bytes"),
-        ("messages a client", "message_up_bytes", "message_down_bytes"),
-        ("on the wire a client", "wire_up_bytes", "wire_down_bytes"),
+        ("payload a client, whole run", "payload_up_bytes", "payload_down_bytes"),
+        ("messages a client, whole run, with set-up", "message_up_bytes", "message_down_bytes"),
+        ("on the wire a client, whole run, with set-up", "wire_up_bytes", "wire_down_bytes"),
     ):
         totals = [sum(run.num_bytes(name).values()) / clients for name in (up, down)]
         if up == "wire_up_bytes" and not sum(totals):
             continue
-        rows.append([f"{what}, whole run", f"{bytes_text(totals[0])} up, {bytes_text(totals[1])} down"])
+        rows.append([what, f"{bytes_text(totals[0])} up, {bytes_text(totals[1])} down"])
     if run.trained:
         ends = [number_text(line.loss) for line in (run.trained[0], run.trained[-1])]
         rows.append(["loss, first and last round", ", ".join(ends)])
@@ -184,7 +192,7 @@ def _numbers(run: RunData) -> Table:
             rows.append([f"own held-out rows: {last.metric} and loss reported by", told])
     if run.summary:
         rows.append(["SHA-256 of the trained values", run.summary.final_digest or MISSING])
-    return "Numbers", rows
+    return Table("Numbers", rows)
 
 
 def _spread(line: Round) -> float | None:
@@ -195,10 +203,7 @@ def _spread(line: Round) -> float | None:
 
 def _evaluators(run: RunData) -> Table:
     """What each evaluator found; nothing where the headline and the figures say it all."""
-    title, rows = (
-        "Scores by evaluator",
-        [["evaluator", "measure", "test before", "test after", "held-out (last round)", "worst client (last round)"]],
-    )
+    rows = [["evaluator", "measure", "test before", "test after", "held-out (last round)", "worst client (last round)"]]
     for scored in run.scored:
         (before, after), own = scored.test, scored.federated[-1] if scored.federated else None
         if not (score := after or before or own):
@@ -209,31 +214,29 @@ def _evaluators(run: RunData) -> Table:
         for name in score.numbers:
             values = [None if found is None else found.numbers.get(name) for found in (before, after, own)]
             rows.append(["", name, *map(number_text, values), ""])
-    return title, rows if len(rows) > 2 else []
+    return Table("Scores by evaluator", rows if len(rows) > 2 else [], has_head=True)
 
 
 def _classes(run: RunData) -> Table:
-    before, after = run.first.test
+    title, (before, after) = "Correct test rows by class", run.first.test
     if not before or not after or not after.per_class:
-        return "Correct test rows by class", []
+        return Table(title, [])
     rows = [["class", "rows", "before", "after"]]
     for label, (right, total) in sorted(after.per_class.items()):
         was = before.per_class.get(label, (0, 0))[0]
         rows.append([run.class_name(label), str(total), str(was), str(right)])
-    return "Correct test rows by class", rows
+    return Table(title, rows, has_head=True)
 
 
 def _own_classes(run: RunData) -> Table:
-    title = "Correct held-out rows by class"
     told = run.first.federated
-    scored = told[:1] + told[1:][-1:]  # the first and the last, which may be one
-    if not scored or not scored[-1].per_class:
-        return title, []
-    rows = [["class", "rows", *(f"after round {score.round}" for score in scored)]]
-    for label, (_, total) in sorted(scored[-1].per_class.items()):
-        rights = [score.per_class.get(label, (0, 0))[0] for score in scored]
-        rows.append([run.class_name(label), str(total), *map(str, rights)])
-    return title, rows
+    scored = told[:1] + told[1:][-1:]  # the first and the last, which may be one, or of other clients
+    rows = [["class", *(f"after round {score.round}" for score in scored)]]
+    for label in sorted({label for score in scored for label in score.per_class}):
+        counts = [score.per_class.get(label) for score in scored]
+        cells = [f"{count[0]} of {count[1]}" if count else MISSING for count in counts]
+        rows.append([run.class_name(label), *cells])
+    return Table("Correct held-out rows by class", rows if len(rows) > 1 else [], has_head=True)
 
 
 def _stages(run: RunData) -> Table:
@@ -244,12 +247,12 @@ def _stages(run: RunData) -> Table:
         told = [client.stages.get(name) for name in names]
         cells = [MISSING if x is None else count_text(int(x)) if x.is_integer() else number_text(x) for x in told]
         rows.append([str(client.client), *cells])
-    return "Preprocess stages", rows if names else []
+    return Table("Preprocess stages", rows if names else [], has_head=True)
 
 
 def _clients(run: RunData) -> Table:
     if not run.setup:
-        return "Clients", []
+        return Table("Clients", [])
     last = run.first.federated[-1] if run.first.federated else None
     scores = {entry.client: entry for entry in last.clients} if last else {}
     verdicts = run.verdicts
@@ -267,7 +270,7 @@ def _clients(run: RunData) -> Table:
     if last:
         for name, whole in (("all scored rows", last.value), ("worst", last.worst_client)):
             rows.append([name, *[""] * (len(rows[0]) - 2), score_text(last.metric, whole)])
-    return "Clients", rows
+    return Table("Clients", rows, has_head=True)
 
 
 def _lost(run: RunData) -> Table:
@@ -282,4 +285,4 @@ def _lost(run: RunData) -> Table:
     for client, count in sorted(absent.items()):
         last = f"; last: {reasons[client]}" if client in reasons else ""
         rows.append([f"client {client} without a usable reply", f"{counted(count, 'round')}{last}"])
-    return "Dropped and absent", rows
+    return Table("Dropped and absent", rows)

@@ -11,6 +11,7 @@ from fedzo.records.metrics import ClientVerdict
 from fedzo.report.format import last, number_text
 from fedzo.report.panels import (
     MAX_PANELS,
+    Means,
     Trace,
     chosen_clients,
     client_colours,
@@ -18,7 +19,6 @@ from fedzo.report.panels import (
     client_traces,
     draw_client,
     label_panels,
-    mean_window,
     round_starts,
 )
 from fedzo.report.run_data import RunData
@@ -49,11 +49,11 @@ def draw_local_steps(run: RunData, traces: Mapping[int, Trace]) -> Picture | Non
     windows = (run.decision.windows if run.decision else None) or {}
     starts, unit = round_starts(run), _unit(traces)
     figure, grid = client_panels(run, traces, height=1.6 if verdicts else 1.4)
-    colours, window, peaks = client_colours(run, grid), mean_window(run), list[float]()
+    colours, means, peaks = client_colours(run, grid), Means.of(run), list[float]()
     for client, axes in grid.items():
         trace = traces[client]
         thin = [v if v is None else v / unit for v in trace.grad_ip] if unit else trace.abs_g
-        peaks += draw_client(axes, trace.at, thin, trace.abs_g, colour=colours[client], window=window)
+        peaks += draw_client(axes, trace.at, thin, trace.abs_g, colour=colours[client], means=means)
         if verdict := verdicts.get(client):
             _tell(axes, verdict)
             if verdict.flagged:
@@ -63,7 +63,7 @@ def draw_local_steps(run: RunData, traces: Mapping[int, Trace]) -> Picture | Non
                     axes.axvline(since, color=INK, linewidth=1, linestyle="--")
         _shade(axes, windows)
     thin_name = f"|GradIP|, divided by {number_text(unit)}" if unit else "|g|"
-    names = [f"|g|, mean of {last(window)}" if window > 1 else "|g|", thin_name]
+    names = [f"|g|, mean of {last(means.window)}" if means.window > 1 else "|g|", thin_name + means.of_thin]
     label_panels(run, figure, grid, top=max(peaks), unit="|g|, loss per unit step", names=names)
     caption = _caption(run, drawn=len(grid), total=len(_clients(run, "steps")), unit=unit)
     return Picture("local_steps", "Local steps per client", caption, figure)
@@ -76,11 +76,12 @@ def draw_local_losses(run: RunData, traces: Mapping[int, Trace]) -> Picture | No
     if not traces:
         return None
     figure, grid = client_panels(run, traces, height=1.2)
-    colours, window, peaks = client_colours(run, grid), mean_window(run), list[float]()
+    colours, means, peaks = client_colours(run, grid), Means.of(run), list[float]()
     for client, axes in grid.items():
         trace = traces[client]
-        peaks += draw_client(axes, trace.at, trace.loss, trace.loss, colour=colours[client], window=window)
-    names = [f"mean of {last(window)}" if window > 1 else "loss of a batch", "loss of a batch"]
+        peaks += draw_client(axes, trace.at, trace.loss, trace.loss, colour=colours[client], means=means)
+    thick_name = f"mean of {last(means.window)}" if means.window > 1 else "loss of a batch"
+    names = [thick_name, f"loss of a batch{means.of_thin}"]
     label_panels(run, figure, grid, top=max(peaks), unit="loss (nats)", names=names)
     caption = (
         "The loss of each client's batch before every local step. A loss near 0 means that the client has learned "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from statistics import fmean, quantiles
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -15,14 +18,37 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.typing import ColorType
 
 from fedzo.records.metrics import Round
-from fedzo.report.format import percent_text
+from fedzo.report.format import percent_text, shortened
 from fedzo.report.run_data import RunData
-from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, panel_grid, running_mean, whole_numbers, window_of
+from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, mean_of_known, panel_grid, whole_numbers, window_of
 
 MAX_PANELS = 16
 MAX_POINTS = 150  # of a line; a page must stay small
 MAX_TITLE = 24  # letters that fit above a panel
-Line = tuple[list[float], list[float]]
+
+
+class Means(NamedTuple):
+    """What the points of all panels' lines are means of: on shared axes, lines of other sizes differ in noise alone.
+
+    Attributes:
+        size: Neighbouring steps of the federation, for a point of a thin line.
+        window: A client's last steps, for a point of a thick one.
+    """
+
+    size: int
+    window: int
+
+    @classmethod
+    def of(cls, run: RunData) -> Means:
+        """So that no line has more points than ``MAX_POINTS``, and the thick one stays the smoother."""
+        steps = num_steps(run)
+        size = max(1, -(-steps // MAX_POINTS))
+        return cls(size, window_of(steps) if size == 1 else max(window_of(steps), 3 * size))
+
+    @property
+    def of_thin(self) -> str:
+        """What the name of a thin line ends with; empty where each step has its point."""
+        return f", mean of {self.size:,} steps" if self.size > 1 else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +69,7 @@ def client_panels(run: RunData, traces: Mapping[int, Trace], *, height: float) -
     for axes, client in zip(grid, clients, strict=True):
         share, label = shares.get(client, (0.0, ""))
         labels = f": {percent_text(share, digits=0)} {run.class_name(label)}" if label else ""
-        axes.set_title(_shortened(f"client {client}{labels}"), color=INK, pad=3, fontsize=8)
+        axes.set_title(shortened(f"client {client}{labels}", MAX_TITLE), color=INK, pad=3, fontsize=8)
         axes.set_xlim(0, end)
         axes.xaxis.set_major_locator(whole_numbers(4, prune="upper"))  # panels touch
         axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -57,15 +83,20 @@ def draw_client(
     values: Sequence[float | None],
     *,
     colour: ColorType,
-    window: int,
+    means: Means,
 ) -> list[float]:
     """A thin line, and a thick one of the running mean of ``values``; returns how high each usually is."""
-    means = running_mean(values, window=window)
-    thinned = _thinned(at, thin)
-    axes.plot(*thinned, color=colour, alpha=0.45, linewidth=0.7, marker=lone(at), clip_on=len(at) > 1)
-    there = [mean if value is not None else None for mean, value in zip(means, values, strict=True)]
-    axes.plot(*_thinned(at, there), color=colour, linewidth=1.9, marker=lone(at), clip_on=len(at) > 1)
-    return [_usual_peak(thinned[1]), max((mean for mean in means if mean is not None), default=0.0)]
+    points: list[tuple[float, float]] = []
+    thick: list[tuple[float, float]] = []
+    for _, block in groupby(range(len(at)), key=lambda place: at[place] // means.size):
+        places = list(block)
+        points.append((fmean(at[place] for place in places), mean_of_known(thin[place] for place in places)))
+        end = next((place for place in reversed(places) if values[place] is not None), places[-1])
+        recent = values[max(0, end + 1 - means.window) : end + 1]
+        thick.append((at[end], mean_of_known(recent) if values[end] is not None else math.nan))
+    axes.plot(*zip(*points, strict=True), color=colour, alpha=0.45, linewidth=0.7, marker=lone(at), clip_on=len(at) > 1)
+    axes.plot(*zip(*thick, strict=True), color=colour, linewidth=1.9, marker=lone(at), clip_on=len(at) > 1)
+    return [_usual_peak([y for _, y in points]), max((y for _, y in thick if not math.isnan(y)), default=0.0)]
 
 
 def label_panels(
@@ -79,11 +110,6 @@ def label_panels(
     told = dict(zip(names, lines, strict=True)) if len({*names}) > 1 else {names[0]: lines[0]}
     figure.legend([*told.values()], [*told], loc="outside upper left", ncols=2)
     colour_scale(run, figure, list(grid.values()))
-
-
-def mean_window(run: RunData) -> int:
-    """Steps of the running means."""
-    return window_of(num_steps(run))
 
 
 def num_steps(run: RunData) -> int:
@@ -136,17 +162,9 @@ def chosen_clients(run: RunData, clients: Collection[int], *, most: int) -> list
     return [client for client in ordered if client in chosen or client in evenly]
 
 
-def _thinned(at: Sequence[int], values: Sequence[float | None]) -> Line:
-    """At most ``MAX_POINTS`` points, each the mean of neighbouring steps; nan where none of them is known."""
-    size = -(-len(at) // MAX_POINTS)
-    parts = [slice(low, low + size) for low in range(0, len(at), size)]
-    known = [[value for value in values[part] if value is not None] for part in parts]
-    return [fmean(at[part]) for part in parts], [fmean(some) if some else float("nan") for some in known]
-
-
 def _usual_peak(values: Sequence[float]) -> float:
     """The height that all but one value in fifty stay below."""
-    known = [value for value in values if value == value]
+    known = [value for value in values if not math.isnan(value)]
     return quantiles(known, n=50, method="inclusive")[-1] if len(known) > 1 else max(known, default=0.0)
 
 
@@ -185,7 +203,3 @@ def colour_scale(run: RunData, figure: Figure, grid: Sequence[Axes]) -> None:
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: percent_text(share, digits=0)))
     bar.set_label("share of the client's commonest label", color=MUTED)
     bar.outline.set_visible(False)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_TITLE else text[: MAX_TITLE - 1].rstrip() + "…"

@@ -40,14 +40,14 @@ def rephrased_page(
         lost = () if each.reason else lost_names(each.text, str(row[column]))
         note = each.reason or (f"names: {', '.join(lost)}" if lost else "")
         table.append([str(number), _plain(row[column]), _plain(after), note])
-    summary: Table = ("Rows", [[name, str(number)] for name, number in counts(outcomes).items()])
+    summary = Table("Rows", [[name, str(number)] for name, number in counts(outcomes).items()])
     shown = f"first {_MOST_SHOWN} of {len(rows)} rows" if len(rows) > _MOST_SHOWN else f"{len(rows)} rows"
     found = rephraser.judge_test(outcomes)
     return render_page(
         title=f"{rephraser.task.name}: {column} rewritten",
         subtitle=f"style {rephraser.config.style}, {shown}. Training text only; it stays at this site",
-        tables=[summary, ("Accepted rewrites", figures_table(rephraser, rows, outcomes))],
-        long_tables=[("Before and after", table)],
+        tables=[summary, Table("Accepted rewrites", figures_table(rephraser, rows, outcomes))],
+        long_tables=[Table("Before and after", table, has_head=True)],
         details=[
             ("Recipe", json.dumps(asdict(rephraser.config), indent=2)),
             ("Judge", "\n".join(judge_test_lines(found)) if found else "no test of the judge"),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedzo.records.metrics import CentralScore, FederatedScore, Flagged, MetricRecord, Round, Setup, Summary
-from fedzo.report.format import bytes_text, counted, score_text, seconds_text
+from fedzo.report.format import bytes_text, counted, score_text, seconds_text, share_text
 from fedzo.system import OnProgress, untold
 
 PLAIN_EVERY_S = 10.0
@@ -24,7 +24,8 @@ class ProgressSink:
         rounds: Rounds of the whole run.
         completed: Rounds that were done before it was resumed.
         sent_bytes: Message bytes up and down of those rounds.
-        evaluator: Whose scores the live line shows.
+        evaluator: Whose scores the live line shows, and whose dev scores choose the best round.
+        has_dev: Whether it has scored dev rows before the run was resumed.
         payload: What clients send, ``scalars`` or ``vectors``.
         enabled: Whether to print at all.
     """
@@ -36,12 +37,14 @@ class ProgressSink:
         completed: int = 0,
         sent_bytes: tuple[int, int] = (0, 0),
         evaluator: str | None = None,
+        has_dev: bool = False,
         payload: str = "scalars",
         enabled: bool = True,
     ) -> None:
         self._rounds = rounds
         self._up, self._down = sent_bytes
         self._evaluator = evaluator
+        self._has_dev = has_dev
         self._payload = payload
         self._score = ""
         self._last_print = 0.0
@@ -63,7 +66,8 @@ class ProgressSink:
             case FederatedScore():
                 self._count_bytes(record)
             case Summary():
-                self._console.print("\n" + "\n".join(ending(record, payload=self._payload)))
+                lines = ending(record, payload=self._payload, has_dev=self._has_dev)
+                self._console.print("\n" + "\n".join(lines))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -85,9 +89,9 @@ class ProgressSink:
         return self.phase(title, rounds)
 
     def _setup(self, setup: Setup) -> None:
-        share = 100 * setup.space_size / setup.num_params
+        share = share_text(setup.space_size, setup.num_params)
         self._console.print(
-            f"{setup.trainer}: {setup.space_size:,} of {setup.num_params:,} weights trained ({share:.2g} %)"
+            f"{setup.trainer}: {setup.space_size:,} of {setup.num_params:,} weights trained ({share})"
             f", {counted(len(setup.clients), 'client')}"
             f", {counted(sum(client.num_train for client in setup.clients), 'training row')}"
         )
@@ -127,6 +131,7 @@ class ProgressSink:
         text = score_text(score.metric, score.value)
         if score.evaluator == self._evaluator:
             self._score = f"{score.split} {text}  "
+            self._has_dev |= score.split == "dev"
         self._console.print(f"{score.split} after {counted(score.round, 'round')}: {score.metric} {text}")
 
 
@@ -190,12 +195,19 @@ def replaying(rounds: int) -> str:
     return f"replaying {counted(rounds, 'round')}"
 
 
-def ending(summary: Summary, *, payload: str = "scalars") -> list[str]:
-    """What a run says last: test scores, the worst client, whom a step policy flagged, and bytes of the payload."""
+def ending(summary: Summary, *, payload: str = "scalars", has_dev: bool = True) -> list[str]:
+    """What a run says last: test scores, the worst client, whom a step policy flagged, and bytes of the payload.
+
+    Args:
+        summary: The run's.
+        payload: What clients send.
+        has_dev: Whether dev scores chose the best round; else it is the last.
+    """
     before, after, rows = summary.before, summary.after, []
     head = f"after {counted(summary.rounds, 'round')}:"
     if before and after:
-        head = f"test, before -> after (best dev round {summary.best_round} of {summary.rounds}):"
+        chosen = "best dev round" if has_dev else "after round"
+        head = f"test, before -> after ({chosen} {summary.best_round} of {summary.rounds}):"
         for title, first, last in (
             (before.metric, before.value, after.value),
             ("accuracy at best test threshold", before.best_threshold_accuracy, after.best_threshold_accuracy),

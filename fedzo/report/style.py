@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import matplotlib
@@ -33,7 +35,9 @@ INK, MUTED, GRID, PAPER = "#1f2430", "#6b7280", "#e2e5ea", "#ffffff"
 # Okabe and Ito's colours: apart for all common kinds of colour blindness. The yellow is left out (too light on white).
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072b2", "#d55e00", "#009e73", "#b5659a", "#56b4e9", "#e69f00"
 GAP_PX = 1.5  # between two labels
-SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, "#8c8c8c", "#4d4d4d")
+DARK = "#4d4d4d"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, "#8c8c8c", DARK)
+TEXT = {ORANGE: "#bf5400", GREEN: "#008560"}  # words of these colours would have less than 4.5 : 1 on white
 # Five steps from even (blue) to one-sided (vermilion) for the share of a client's commonest label.
 SKEW = ListedColormap([BLUE, "#4a94a8", "#a3a07a", "#d98f3f", ORANGE], name="skew")
 
@@ -46,6 +50,9 @@ _CSS_NAMES = {
     ORANGE: "c2",
     GREEN: "c3",
     PURPLE: "c4",
+    DARK: "c8",
+    TEXT[ORANGE]: "t2",
+    TEXT[GREEN]: "t3",
 }
 _RC: dict[str, Any] = {
     "font.family": ["sans-serif"],
@@ -147,6 +154,12 @@ def window_of(count: int) -> int:
     return max(1, min(25, count // 8))
 
 
+def mean_of_known(values: Iterable[float | None]) -> float:
+    """Mean of what is there; nan, which matplotlib leaves out, where nothing is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else math.nan
+
+
 def gaps(values: Sequence[float | None]) -> list[float]:
     """What is missing as nan, which matplotlib leaves out."""
     return [float("nan") if value is None else value for value in values]
@@ -160,8 +173,9 @@ def percent_axis(axes: Axes, metric: str) -> None:
 
 def label_at(axes: Axes, x: float, y: float, text: str, **how: Any) -> Annotation:
     """A label beside a point of the data, also outside the axes; by default to its right."""
-    places: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-    return axes.annotate(text, (x, y), **(places | how), annotation_clip=False)
+    places: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "color": INK} | how
+    places["color"] = TEXT.get(places["color"], places["color"])
+    return axes.annotate(text, (x, y), **places, annotation_clip=False)
 
 
 def keep_apart(figure: Figure, labels: Sequence[Annotation]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from fedzo.fl.config import BestBy
 from fedzo.records.folder import REPORT, replace_file
 from fedzo.report.format import span
-from fedzo.report.html import render_page, write_page
+from fedzo.report.html import Table, render_page, write_page
 from fedzo.report.jobs import Job, are_alike, are_ordered, best_by, jobs_of_runs, jobs_of_sweep, varied
 from fedzo.report.over_seeds import best_group, groups_of, seeds_notes, seeds_table, settings_notes
 from fedzo.report.style import save_pictures, writing_report
@@ -53,16 +53,16 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
     keys, by = varied(jobs), best_by(jobs)
     alike, ordered = are_alike(jobs), are_ordered(jobs, by)
     groups = groups_of(jobs, keys)
-    tables = [("Jobs", job_table(jobs, keys))]
+    tables = [Table("Jobs", job_table(jobs, keys), has_head=True)]
     if over_seeds := seeds_table(groups, keys, by):
-        tables.append(("Over seeds", over_seeds))
+        tables.append(Table("Over seeds", over_seeds, has_head=True))
     pictures = draw_sweep(jobs, keys) if alike else []
     numbers = io.StringIO(newline="")
     csv.writer(numbers).writerows(job_numbers(jobs, keys))
     with writing_report(folder):
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "sweep.csv", numbers.getvalue())
-        replace_file(folder / "sweep.md", "\n".join(_markdown(rows) for _, rows in tables))
+        replace_file(folder / "sweep.md", "\n".join(_markdown(table.rows) for table in tables))
     save_pictures(pictures, folder / "figures")
     page = render_page(
         title=title,

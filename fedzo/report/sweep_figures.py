@@ -8,7 +8,7 @@ from typing import NamedTuple
 from matplotlib.ticker import PercentFormatter
 
 from fedzo.records.metrics import CentralScore
-from fedzo.report.format import score_text
+from fedzo.report.format import counted, score_text, shortened
 from fedzo.report.jobs import Job
 from fedzo.report.style import (
     BLUE,
@@ -21,6 +21,9 @@ from fedzo.report.style import (
     new_axes,
     percent_axis,
 )
+
+MAX_NAME = 32  # letters of a job's name; a table has it whole
+MAX_NAMED = 20  # points that have room for their jobs' names
 
 
 class _Point(NamedTuple):
@@ -36,20 +39,21 @@ def draw_sweep(jobs: Sequence[Job], keys: Sequence[str]) -> list[Picture]:
     """Draw the test scores of finished jobs of one measure; their dev scores where no job has test rows."""
     split = "test" if any(job.scores("test") for job in jobs) else "dev"
     points = [
-        _Point(job.in_words(keys), *scores, job.summary.payload_up_bytes)
+        _Point(shortened(job.in_words(keys), MAX_NAME, tail=MAX_NAME // 2), *scores, job.summary.payload_up_bytes)
         for job in jobs
         if job.summary and (scores := job.scores(split))
     ]
     if not points:
         return []
+    unscored = sum(job.summary is not None for job in jobs) - len(points)
     with house_style():
-        pictures = [_before_after(points, keys)]
+        pictures = [_before_after(points, keys, unscored=unscored)]
         if len({point.payload_bytes for point in points}) > 1:
             pictures.append(_score_by_bytes(points))
     return pictures
 
 
-def _before_after(points: Sequence[_Point], keys: Sequence[str]) -> Picture:
+def _before_after(points: Sequence[_Point], keys: Sequence[str], *, unscored: int) -> Picture:
     figure, axes = new_axes(height=0.9 + 0.32 * len(points))
     split, metric = points[0].before.split, points[0].before.metric
     for row, point in enumerate(reversed(points)):
@@ -66,6 +70,8 @@ def _before_after(points: Sequence[_Point], keys: Sequence[str]) -> Picture:
     axes.grid(visible=True, axis="x")
     axes.grid(visible=False, axis="y")
     caption = f"Grey: before training; blue: after. Jobs by {', '.join(keys) or 'folder'}."
+    if unscored:
+        caption += f" {counted(unscored, 'finished job')} without {split} scores: not shown."
     return Picture("sweep", f"{split.capitalize()} score of every job", caption, figure)
 
 
@@ -81,7 +87,20 @@ def _score_by_bytes(points: Sequence[_Point]) -> Picture:
     axes.set_xlabel("payload up, all clients")
     axes.set_ylabel(f"{split} {metric}")
     percent_axis(axes, metric)
-    keep_apart(figure, [label_at(axes, point.payload_bytes, point.after.value, point.name) for point in points])
+    named = points if len(points) <= MAX_NAMED else _unbeaten(points)[-MAX_NAMED:]
+    keep_apart(figure, [label_at(axes, point.payload_bytes, point.after.value, point.name) for point in named])
     title = f"{split.capitalize()} score against payload sent"
-    caption = "Up and to the left is better. The set-up of clients is no part of the payload."
+    better = "Down" if points[0].after.lower_is_better else "Up"
+    caption = f"{better} and to the left is better. The set-up of clients is no part of the payload."
+    if len(named) < len(points):
+        caption += " Only jobs are named that no other beats with as few bytes."
     return Picture("bytes", title, caption, figure)
+
+
+def _unbeaten(points: Sequence[_Point]) -> list[_Point]:
+    """The points with a better score than all that sent fewer bytes, or as many; by bytes."""
+    found: list[_Point] = []
+    for point in sorted(points, key=lambda point: (point.payload_bytes, -point.after.merit)):
+        if not found or point.after.merit > found[-1].after.merit:
+            found.append(point)
+    return found

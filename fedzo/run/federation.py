@@ -19,7 +19,7 @@ from fedzo.config.travel import to_json
 from fedzo.data.config import TaskKind
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.fl.log_store import RunStore, best_round
+from fedzo.fl.log_store import RunStore, best_dev_score, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.scalar_updates import ScalarUpdates
@@ -103,6 +103,7 @@ class Federation:
             completed=len(store.records),
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
             evaluator=first_evaluator(config),
+            has_dev=best_dev_score(store, by=config.evaluation.best_by, evaluator=first_evaluator(config)) is not None,
             payload="vectors" if config.estimator.sends_vectors else "scalars",
             enabled=launched.config.report.progress,
         )

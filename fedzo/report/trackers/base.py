@@ -88,6 +88,8 @@ def numbers_of(record: MetricRecord) -> tuple[int, dict[str, float]]:
         case Round():
             step = record.round + 1
             found = {f"round/{name}": getattr(record, name) for name in _ROUND}
+            if record.calibration:  # of paths that were given up: no point of the curves of training
+                found |= {f"calibration/{name}": found.pop(f"round/{name}") for name in ("loss", "mean_abs_g")}
             found["round/absent"] = len(record.absent)
         case CentralScore() | FederatedScore():
             step = record.round

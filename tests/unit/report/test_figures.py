@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_hex, to_rgb, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle, StepPatch
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from fedzo.errors import RunFolderError
-from fedzo.report.client_figures import draw_abs_g
+from fedzo.report.client_figures import MAX_BARS, draw_abs_g, draw_federated, draw_labels
 from fedzo.report.figures import draw_figures
 from fedzo.report.panels import label_shares
 from fedzo.report.run_data import load_run
 from fedzo.report.style import (
+    BLUE,
     INK,
+    PAPER,
     Picture,
     house_style,
     keep_apart,
@@ -297,6 +302,74 @@ def test_many_clients_that_are_nearly_equal_have_labels_apart(make_run: MakeRun,
 
     for name in ("federated", "labels"):
         assert (name, collisions(picture(pictures, name).figure)) == (name, [])
+
+
+def test_long_names_of_classes_stay_within_the_figure(make_run: MakeRun) -> None:
+    lines = _records(make_run)
+    lines[0]["clients"] = [{**c, "label_counts": {str(label): 10 for label in range(4)}} for c in lines[0]["clients"]]
+    run = load_run(make_run("run", lines=lines))
+    names = [f"the customer asks for the delivery of a card that is late, {label}" for label in range(4)]
+    run.config["task"]["candidates"] = names
+
+    drawn = picture(draw_figures(run), "labels").figure
+
+    assert collisions(drawn) == []
+    legend = drawn.legends[0].get_window_extent()
+    assert drawn.bbox.x0 <= legend.x0
+    assert legend.x1 <= drawn.bbox.x1
+    shown = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert shown == [f"{names[0][:31]}…"] * 4
+
+
+def test_the_bars_of_many_clients_are_one_shape_a_label_and_keep_all_rows(make_run: MakeRun) -> None:
+    lines = _records(make_run)
+    counts = [{str(label): 1 + (k * (label + 3)) % 11 for label in range(8)} for k in range(1003)]
+    lines[0]["clients"] = [
+        {"client": k, "num_train": sum(own.values()), "num_heldout": 3, "label_counts": own}
+        for k, own in enumerate(counts)
+    ]
+    with house_style():
+        drawn = draw_labels(load_run(make_run("run", lines=lines)))
+
+    assert drawn is not None
+    axes = drawn.figure.axes[0]
+    shapes = [patch.get_data() for patch in axes.patches if isinstance(patch, StepPatch)]
+    rows = [float(np.sum((np.asarray(top) - np.asarray(base)) * np.diff(edges))) for top, edges, base in shapes]
+    assert rows == pytest.approx([sum(own[str(label)] for own in counts) for label in range(8)])
+    assert all(len(top) <= MAX_BARS for top, _, _ in shapes)
+    assert axes.get_xlabel() == "1,003 clients, largest first, means of 5"
+    svg = page_svg(drawn)
+    assert len(svg) < 400_000
+    assert "var(--c8, #4d4d4d)" in svg  # of the eighth label
+
+
+def test_the_worst_of_many_clients_has_a_bar_of_its_own(make_run: MakeRun) -> None:
+    lines = _records(make_run)
+    federated = next(line for line in lines if line["kind"] == "federated_score")
+    values = [0.25 + k / 2048 for k in range(1003)]
+    told = {"metric": "accuracy", "loss": 0.5, "num_examples": 3, "per_class": {}}
+    federated["clients"] = [{**told, "client": k, "value": value} for k, value in enumerate(values)]
+    run = load_run(make_run("run", lines=lines))
+    with house_style():
+        drawn = draw_federated(run.first, name="federated", num_clients=1003)
+
+    assert drawn is not None
+    worst, *others = (bar for bar in drawn.figure.axes[0].patches if isinstance(bar, Rectangle))
+    assert (worst.get_x(), worst.get_width(), worst.get_height()) == (-0.5, 1.0, 0.25)
+    assert len(others) <= MAX_BARS
+    assert {bar.get_facecolor() for bar in others} == {to_rgba(BLUE)}
+    assert sum(bar.get_width() * bar.get_height() for bar in others) == pytest.approx(sum(values[1:]))
+    assert others[-1].get_x() + others[-1].get_width() == pytest.approx(1002.5)
+    assert drawn.figure.axes[0].get_xlabel() == "client, worst first, others as means of 5"
+
+
+def test_words_of_a_figure_have_contrast_on_white(make_run: MakeRun) -> None:
+    """Of 4.5 : 1, by WCAG 2."""
+    for drawn in draw_figures(load_run(make_run())):
+        for text in drawn.figure.findobj(Text):
+            if text.get_text().strip() and to_hex(text.get_color()) != PAPER:  # as on bars
+                parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(text.get_color())]
+                assert 1.05 / (float(np.dot([0.2126, 0.7152, 0.0722], parts)) + 0.05) >= 4.5, text.get_text()
 
 
 def test_labels_of_one_place_are_stacked() -> None:

@@ -12,8 +12,19 @@ import pytest
 from fedzo.errors import RunFolderError
 from fedzo.report.format import bytes_text
 from fedzo.report.html import write_report
+from fedzo.report.style import _CSS_NAMES
 
 MakeRun = Callable[..., Path]
+
+
+def contrast(one: str, other: str) -> float:
+    """By WCAG 2."""
+    lights = []
+    for colour in (one, other):
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        lights.append(0.2126 * red + 0.7152 * green + 0.0722 * blue)
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
 def test_the_numbers_of_the_page_are_those_of_the_metrics(make_run: MakeRun) -> None:
@@ -52,11 +63,57 @@ def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_cl
 
     assert "<th>flagged clients</th><td>2</td>" in text
     assert "<th>loss, first and last round</th><td>0.770, 0.530</td>" in text
-    assert 'terrible</th><td class="n">5</td><td class="n">1</td><td class="n">4</td>' in text
-    assert 'great</th><td class="n">4</td><td class="n">3</td><td class="n">2</td>' in text
-    assert '>after round 5</td><td class="n">after round 10</td>' in text
+    assert 'terrible</th><td class="n">1 of 5</td><td class="n">4 of 5</td>' in text
+    assert 'great</th><td class="n">3 of 4</td><td class="n">2 of 4</td>' in text
+    assert '>after round 5</th><th scope="col" class="n">after round 10</th>' in text
     (flagged,) = re.findall(r"<tr><th>2</th>(.*?)</tr>", text)
     assert re.findall(r">([^<>]+)</td>", flagged) == ["20", "great 20", "1 (flagged)", "2", "2", "70.0 %"]
+
+
+@pytest.mark.parametrize(
+    ("early", "cells"),
+    [
+        ({"0": [9, 10]}, ["9 of 10", "49 of 100"]),  # of one client, then of both: no rise from 9 to 49
+        ({}, ["n/a", "49 of 100"]),  # no client told its classes
+        ({"0": [9, 10], "1": [2, 2]}, ["9 of 10", "49 of 100", "2 of 2", "n/a"]),
+    ],
+)
+def test_rows_of_a_class_are_counted_for_each_score_of_clients(
+    make_run: MakeRun, early: dict[str, list[int]], cells: list[str]
+) -> None:
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    (scored,) = (line for line in lines if line["kind"] == "federated_score")
+    scored |= {"num_examples": 102, "per_class": {"0": [49, 100]}}
+    lines.insert(0, {**scored, "round": 5, "seconds": 11.0, "per_class": early})
+
+    text = write_report(make_run("run", lines=lines)).read_text()
+
+    _, _, table = text.partition("<h2>Correct held-out rows by class</h2>")
+    assert re.findall(r"<td[^>]*>([^<]+)</td>", table.partition("</table>")[0]) == cells
+
+
+def test_columns_have_headers_where_their_first_row_names_them(make_run: MakeRun) -> None:
+    text = write_report(make_run()).read_text()
+
+    heads = dict(re.findall(r"<h2>([^<]+)</h2>\n<div class=\"wide\"><table><thead><tr>(.*?)</tr></thead>", text))
+    named = {title: re.findall(r'<th scope="col"[^>]*>([^<]+)</th>', head) for title, head in heads.items()}
+    assert named == {
+        "Correct test rows by class": ["class", "rows", "before", "after"],
+        "Correct held-out rows by class": ["class", "after round 10"],
+        "Clients": ["client", "training rows", "labels", "own held-out rows", "of these scored", "score"],
+    }
+    assert not any("<td" in head for head in heads.values())
+    assert "<h2>Numbers</h2>" in text
+
+
+def test_in_the_dark_words_and_lines_of_figures_have_contrast(make_run: MakeRun) -> None:
+    page = write_report(make_run()).read_text()
+
+    light, dark = (dict(re.findall(r"--(\w+):(#\w{6})", root)) for root in re.findall(r":root \{(.*?)\}", page))
+    assert light.keys() == dark.keys() >= {*_CSS_NAMES.values()}
+    assert {light[name] for name in _CSS_NAMES.values()} == {*_CSS_NAMES}
+    for name in {*_CSS_NAMES.values()} - {"grid", "paper"}:  # words need more than lines
+        assert contrast(dark[name], dark["paper"]) >= (3 if name.startswith("c") else 4.5), name
 
 
 @pytest.mark.parametrize(("fallback", "text"), [(False, "1, 2"), (True, "1, 2 (too many: none stopped)")])
@@ -113,7 +170,11 @@ def test_the_page_says_how_many_clients_told_their_scores(make_run: MakeRun) -> 
 
 def test_test_rows_are_spoken_of_where_there_are_any(make_run: MakeRun) -> None:
     lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
-    assert "The test rows were scored once before" in write_report(make_run("with")).read_text()
+    assert "once before training and once at the best round." in write_report(make_run("with")).read_text()
+    no_dev = [line for line in lines if line.get("split") != "dev"]
+    assert (
+        "once before training and once after the last round." in write_report(make_run("x", lines=no_dev)).read_text()
+    )
     lines = [line for line in lines if line["kind"] != "score"]
     lines[-1] |= {"before": None, "after": None}
 
@@ -181,7 +242,8 @@ def test_the_messages_of_the_page_are_those_of_the_summary_also_where_clients_ar
     text = write_report(make_run("run", lines=[*before, *scores, *shared, after, summary])).read_text()
 
     up, down = (bytes_text(summary[f"message_{way}_bytes"] / 3) for way in ("up", "down"))
-    assert f"<th>messages a client, whole run</th><td>{up} up, {down} down</td>" in text
+    assert f"<th>messages a client, whole run, with set-up</th><td>{up} up, {down} down</td>" in text
+    assert "Messages: payload and set-up in Flower&#39;s message format." in text
     assert f"messages up {up}" in text  # of the figure
 
 
@@ -192,7 +254,7 @@ def test_beside_the_score_of_a_client_stands_how_many_of_its_rows_were_scored(ma
 
     text = write_report(make_run("run", lines=lines)).read_text()
 
-    assert 'own held-out rows</td><td class="n">of these scored</td><td class="n">score</td>' in text
+    assert '>own held-out rows</th><th scope="col" class="n">of these scored</th>' in text
     assert "<tr><th>all scored rows</th>" in text  # not all rows that clients hold
     clients = re.findall(r"<tr><th>[012]</th>(.*?)</tr>", text)
     assert [re.findall(r">([^<>]+)</td>", cells)[-3:] for cells in clients] == [

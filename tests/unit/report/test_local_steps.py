@@ -227,6 +227,31 @@ def test_many_clients_and_steps_stay_small_and_the_panel_of_all_is_kept(make_run
     assert "abs_g" in [picture.name for picture in draw_figures(load_run(folder))]
 
 
+def test_the_lines_of_all_panels_are_means_of_equally_many_steps_and_the_legend_says_so(make_run: MakeRun) -> None:
+    """|g| goes 0, 2, 0, 2, ...; client 1 is stopped early and takes 120 of the 300 steps."""
+    records = with_signals(whole(make_run), lambda k, r: 102 if r == 0 else 2 if k == 1 else 22, grad_ip=False)
+    for record in (record for record in records if record["kind"] == "round"):
+        for client in record["clients"]:
+            client["signals"]["abs_g"] = client["signals"]["loss"] = [0.0, 2.0] * (client["steps"] // 2)
+    pictures = {picture.name: picture for picture in draw_figures(load_run(make_run("run", lines=records)))}
+
+    drawn = pictures["local_steps"].figure
+    others, stopped = panels(drawn)["client 0"], panels(drawn)["client 1"]
+    thin = line(others, 0)
+    assert thin == {2 * block + 0.5: 1.0 for block in range(150)}
+    starts = [102 + 22 * r for r in range(9)]
+    assert line(stopped, 0) == {0.5 + step: 1.0 for step in (*range(0, 102, 2), *starts)}
+    # 25 steps that end with a 2 hold thirteen of them
+    thick = line(others, 1)
+    assert (min(thick), max(thick)) == (1, 299)
+    assert {round(value, 9) for step, value in thick.items() if step > 25} == {1.04}
+    for name, told in (
+        ("local_steps", ["|g|, mean of the last 25", "|g|, mean of 2 steps"]),
+        ("local_losses", ["mean of the last 25", "loss of a batch, mean of 2 steps"]),
+    ):
+        assert [text.get_text() for text in pictures[name].figure.legends[0].get_texts()] == told
+
+
 def test_a_class_name_stays_text_and_within_its_panel(make_run: MakeRun) -> None:
     records = with_signals(whole(make_run), lambda k, r: 1)
     for client in records[0]["clients"]:

@@ -14,10 +14,12 @@ import pytest
 
 from fedzo.errors import RunFolderError
 from fedzo.records.metrics import (
+    CentralScore,
     Flagged,
     FlaggedClient,
     MetricRecord,
     Round,
+    Setup,
     Summary,
     decode_metric,
 )
@@ -34,7 +36,7 @@ def records(folder: Path) -> list[MetricRecord]:
 def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sink = ProgressSink(10)
+    sink = ProgressSink(10, evaluator="answers")
     for record in records(make_run()):
         sink.write(record)
     sink.close()
@@ -45,10 +47,41 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     assert "round 10/10  loss 0.530" in out
     assert "up 2.4 kB  down 9.0 kB" in out
     assert "0.555 -> 0.765" in out
+    assert "best dev round 10 of 10" in out
     assert "accuracy at best test threshold  0.575 -> 0.785" in out
     assert "worst client's accuracy          0.500 (client 0, on its own rows after round 10)" in out
     assert "flagged" not in out
     assert "240 B (13 kB as messages, with set-up)" in out
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "has_dev", "words"),
+    [
+        ("answers", False, "after round 10 of 10"),
+        ("other", False, "after round 10 of 10"),  # which has scored no dev rows
+        ("answers", True, "best dev round 10 of 10"),  # they were scored before the run was resumed
+    ],
+)
+def test_no_dev_round_is_spoken_of_where_no_dev_score_chose_one(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], evaluator: str, has_dev: bool, words: str
+) -> None:
+    sink = ProgressSink(10, evaluator=evaluator, has_dev=has_dev)
+    for record in records(make_run()):
+        if evaluator == "other" or not (isinstance(record, CentralScore) and record.split == "dev"):
+            sink.write(record)
+    sink.close()
+
+    assert f"test, before -> after ({words}):" in capsys.readouterr().out
+
+
+def test_a_run_that_trains_all_weights_says_100_percent(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = records(make_run())[0]
+    assert isinstance(setup, Setup)
+    sink = ProgressSink(10)
+    sink.write(replace(setup, space_size=setup.num_params))
+    sink.close()
+
+    assert "134,515,008 of 134,515,008 weights trained (100 %), " in capsys.readouterr().out
 
 
 def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_left(

@@ -268,7 +268,7 @@ def test_a_worst_client_is_said_to_be_that_of_the_last_round(make_run: MakeRun, 
     page = write_sweep_report(tmp_path)
 
     assert page is not None
-    assert "worst client (last round)</td>" in page.read_text()
+    assert "worst client (last round)</th>" in page.read_text()
     assert "| worst client (last round) |" in (tmp_path / "sweep.md").read_text()
     assert "worst_client_last_round" in (tmp_path / "sweep.csv").read_text()
     assert "fallback,worst_client_rows,metric" in (tmp_path / "sweep.csv").read_text()

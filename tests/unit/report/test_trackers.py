@@ -23,7 +23,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from fedzo.errors import RunFolderError
 from fedzo.records.metrics import CentralScore, MetricRecord, Round, decode_metric
 from fedzo.report.trackers import TRACKERS, TrackerSink, missing_libraries
-from fedzo.report.trackers.base import flat
+from fedzo.report.trackers.base import flat, numbers_of
 
 MakeRun = Callable[..., Path]
 Points = dict[str, list[tuple[int, float]]]
@@ -272,6 +272,17 @@ def test_a_link_to_another_database_ends_the_tracker_and_leaves_it_alone(
 
     assert not database.exists()
     assert "mlflow.db: it must lie in the run folder itself" in caplog.text
+
+
+def test_the_loss_of_a_calibration_is_no_training_loss(make_run: MakeRun) -> None:
+    training = next(record for record in records(make_run()) if isinstance(record, Round))
+    step, numbers = numbers_of(replace(training, calibration=True))
+
+    assert (step, numbers["calibration/loss"], numbers["calibration/mean_abs_g"]) == (1, 0.8, 10.0)
+    of_training = numbers_of(training)[1]
+    assert (of_training["round/loss"], of_training["round/mean_abs_g"]) == (0.8, 10.0)
+    assert of_training.keys() - numbers.keys() == {"round/loss", "round/mean_abs_g"}
+    assert numbers.keys() - of_training.keys() == {"calibration/loss", "calibration/mean_abs_g"}
 
 
 class Broken:
