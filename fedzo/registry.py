@@ -78,9 +78,13 @@ def problems_of(found: object, *, by: object, method: str) -> Iterator[Problem]:
 
 def _broken_promise(value: object, promised: str, *, by: object, method: str) -> PluginError:
     return PluginError(
-        f"{type(by).__module__}.{type(by).__qualname__}.{method} must give {promised}, got {value!r:.100} "
+        f"{_full_name(type(by))}.{method} must give {promised}, got {value!r:.100} "
         f"({type(value).__name__}). Correct the plugin; fedzo.testing has checks for it."
     )
+
+
+def _full_name(of: type) -> str:
+    return f"{of.__module__}.{of.__qualname__}"
 
 
 class Registry(Generic[T]):
@@ -105,7 +109,10 @@ class Registry(Generic[T]):
         self._configs: dict[str, type] = {}
 
     def register(self, name: str, config_class: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
-        """Decorate the factory of ``config_class`` under ``name`` (the Hydra option, and a part of keys)."""
+        """Decorate the factory of ``config_class`` under ``name`` (the Hydra option, and a part of keys).
+
+        A class that is defined anew, under the same name in the same module, takes the place of the old one.
+        """
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_-]{0,99}", name):
             raise ValueError(f"{self.kind} {name!r}: a name must hold letters, digits, _ and - only, 100 at most")
         if name.endswith("_schema"):
@@ -119,15 +126,22 @@ class Registry(Generic[T]):
                 f"{self.kind} {name!r}: {config_class.__name__} must be decorated with @dataclass(kw_only=True, "
                 "slots=True), so that stray keys fail"
             )
-        if name in self._configs or config_class in self._factories:
-            owner = self._configs.get(name, config_class)
+        owner = self._configs.get(name)
+        again = owner is not None and _full_name(owner) == _full_name(config_class)  # as of a notebook's cell
+        if not again and (owner is not None or config_class in self._factories):
             raise ValueError(
-                f"{self.kind} {name!r}: {owner.__module__}.{owner.__qualname__} is registered already; each name and "
-                "class stands once"
+                f"{self.kind} {name!r}: {_full_name(owner or config_class)} is registered already; each name and class "
+                "stands once"
+            )
+        if any(field.name == "plugin" for field in dataclasses.fields(config_class)):
+            raise TypeError(
+                f"{self.kind} {name!r}: no field of {config_class.__name__} may be called plugin, which names the "
+                "option where a config is sent"
             )
         _check_fields(config_class, where=f"{self.kind} {name!r}")
 
         def add(factory: Callable[..., T]) -> Callable[..., T]:
+            self._factories.pop(self._configs.get(name, config_class), None)
             self._configs[name] = config_class
             self._factories[config_class] = factory
             return factory
@@ -150,7 +164,10 @@ class Registry(Generic[T]):
         return iter(sorted(self._configs.items()))
 
 
-_ALLOWED = "bool, int, float, str, an Enum, a dataclass of these, list[...], dict[str, ...] or one of them with | None"
+_ALLOWED = (
+    "bool, int, float, str, an Enum of text or numbers, a dataclass of these, list[...], dict[str, ...] or one of them "
+    "with | None"
+)
 """Types of a config's fields: of these alone Hydra composes values and ``fedzo.config.travel`` reads them."""
 
 
@@ -158,7 +175,7 @@ def _check_fields(config_class: type, *, where: str) -> None:
     """Refuse a config that could be chosen and then not sent.
 
     Raises:
-        TypeError: A field is of another type than ``_ALLOWED``, or its type cannot be found.
+        TypeError: A field is of another type than ``_ALLOWED``, its type cannot be found, or ``init`` is false.
     """
     name = config_class.__name__
     try:
@@ -170,11 +187,20 @@ def _check_fields(config_class: type, *, where: str) -> None:
         ) from error
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
+        if not field.init:
+            raise TypeError(f"{where}: {name}.{field.name} must not have init=False, or no peer can read it")
         for kind in _innermost(hint):
             if isinstance(kind, type) and dataclasses.is_dataclass(kind):
                 _check_fields(kind, where=where)
-            elif not isinstance(kind, type) or not (kind in (bool, int, float, str) or issubclass(kind, Enum)):
+            elif not _is_plain(kind):
                 raise TypeError(f"{where}: the type of {name}.{field.name} must be {_ALLOWED}, got {hint}")
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether values of a type are text or numbers, or an Enum of such: JSON has lists for tuples, and no objects."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return all(isinstance(member.value, str | int | float) for member in kind)
+    return kind in (bool, int, float, str)
 
 
 def _innermost(hint: Any) -> Iterator[Any]:

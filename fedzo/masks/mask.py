@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
+from fedzo.zo.spaces.masked import check_indices
 
 OTHER_MODEL = "It is a mask of another model. Make one with `fedzo mask --out FILE`, and write inputs.artifact=FILE."
 
@@ -40,7 +41,9 @@ class Mask:
         if list(self.shapes) != list(self.indices):
             raise ConfigError("mask: shapes must name the same tensors as indices, in the same order.")
         for name, flat in self.indices.items():
-            _check_indices(name, flat, math.prod(self.shapes[name]))
+            if flat.numel() == 0:
+                raise ConfigError(f"mask: there must be indices of {name!r}, got none. Make the mask again.")
+            check_indices(name, flat, math.prod(self.shapes[name]))
         if self.gradient is not None:
             if list(self.gradient) != list(self.indices):
                 raise ConfigError("mask: gradient must name the same tensors as indices, in the same order.")
@@ -74,17 +77,6 @@ def check_fits(mask: Mask, model: nn.Module) -> None:
         if tuple(parameters[name].shape) != shape:
             got = tuple(parameters[name].shape)
             raise ConfigError(f"mask: {name!r} must have shape {shape}, got {got}. {OTHER_MODEL}")
-
-
-def _check_indices(name: str, flat: torch.Tensor, numel: int) -> None:
-    where = f"mask: the indices of {name!r}"
-    if flat.dtype != torch.int64 or flat.ndim != 1 or flat.numel() == 0:
-        raise ConfigError(f"{where} must be a non-empty int64 vector, got {flat.dtype} of shape {tuple(flat.shape)}.")
-    if not bool((flat[1:] > flat[:-1]).all()):
-        raise ConfigError(f"{where} must ascend without repeats, they are unsorted or repeated. Make the mask again.")
-    low, high = int(flat[0]), int(flat[-1])
-    if low < 0 or high >= numel:
-        raise ConfigError(f"{where} must lie in 0..{numel - 1}, got {low}..{high}: out of range. Make the mask again.")
 
 
 def _check_gradient(name: str, values: torch.Tensor, size: int) -> None:

@@ -157,6 +157,51 @@ def test_a_field_that_cannot_travel_is_refused_with_the_types_that_can(config_cl
         shapes.register("odd", config_class)
 
 
+class Half(Enum):
+    half = object()
+
+
+class Shape(Enum):
+    wide = (1, 2)
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectConfig(PluginConfig):
+    key: Half = Half.half
+
+
+@dataclass(kw_only=True, slots=True)
+class ShapeConfig(PluginConfig):
+    key: Shape | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class FixedConfig(PluginConfig):
+    key: int = field(default=3, init=False)
+
+
+@dataclass(kw_only=True, slots=True)
+class NamedConfig(PluginConfig):
+    plugin: str = "square"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "rule"),
+    [
+        (ObjectConfig, r"ObjectConfig\.key must be .* an Enum of text or numbers, .*Half"),
+        (ShapeConfig, r"ShapeConfig\.key must be .* an Enum of text or numbers, .*Shape"),
+        (FixedConfig, r"FixedConfig\.key must not have init=False"),
+        (NamedConfig, "no field of NamedConfig may be called plugin"),
+    ],
+)
+def test_a_config_that_its_own_text_could_not_give_back_is_refused(config_class: type, rule: str) -> None:
+    """JSON has no objects of Python and no tuples, and the text names the option in the key ``plugin``."""
+    shapes: Registry[str] = Registry("shape", base=PluginConfig)
+
+    with pytest.raises(TypeError, match=rule):
+        shapes.register("odd", config_class)
+
+
 @dataclass(kw_only=True, slots=True)
 class AbsentConfig(PluginConfig):
     key: Decimal | None = None
@@ -182,3 +227,25 @@ def test_a_second_owner_of_a_name_is_told_of_the_first() -> None:
 
     with pytest.raises(ValueError, match=r"'square': .*test_registry\.SquareConfig is registered already"):
         shapes.register("square", FullConfig)
+    with pytest.raises(ValueError, match=r"'box': .*test_registry\.SquareConfig is registered already"):
+        shapes.register("box", SquareConfig)
+
+
+def test_a_plugin_that_is_defined_anew_takes_the_place_of_the_old_one() -> None:
+    """As in a notebook whose cell runs once more."""
+    shapes: Registry[str] = Registry("shape", base=PluginConfig)
+
+    def cell(number: int) -> type:
+        @dataclass(kw_only=True, slots=True)
+        class Again(PluginConfig):
+            side: int = number
+
+        shapes.register("again", Again)(lambda config: f"square of {config.side}")
+        return Again
+
+    old, new = cell(1), cell(2)
+
+    assert dict(shapes) == {"again": new}
+    assert shapes.build(new()) == "square of 2"
+    with pytest.raises(ConfigError, match="nothing is registered for Again"):
+        shapes.build(old())

@@ -99,7 +99,7 @@ class ScalarUpdate:
 
     def as_sent(self, projections: list[Projection], request: TrainRequest) -> tuple[Scalars, npt.NDArray[np.bool_]]:
         """The scalars that the step is taken with and the server is sent, and which of them were dropped; [P] each."""
-        for each in projections:
+        for each in returned(projections, list, by=self._estimator, method="estimate"):
             returned(each, Projection, by=self._estimator, method="estimate")
         if len(projections) != self.num_probes:  # numpy would hand one scalar to every probe
             raise PluginError(

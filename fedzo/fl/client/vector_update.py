@@ -11,6 +11,7 @@ import torch
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
+from fedzo.errors import PluginError
 from fedzo.fl.client.local_update import Batches, Workspace
 from fedzo.fl.clip import sent_losses
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_to_bytes
@@ -18,6 +19,7 @@ from fedzo.models.arithmetic import DIFFERENTIABLE
 from fedzo.models.forwards import Planning
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import example_losses
+from fedzo.registry import returned
 from fedzo.zo.estimator import GradientEstimator
 from fedzo.zo.spaces.base import DifferentiableSpace, GraphLossFn
 
@@ -42,6 +44,11 @@ class VectorUpdate:
         start = space.values()
         try:
             losses = self.estimator.descend(space, self._losses(at, request), lr=request.lr)
+            if len(returned(losses, list, by=self.estimator, method="descend")) != request.steps:
+                raise PluginError(
+                    f"{type(self.estimator).__name__}.descend must give a loss for each of {request.steps} steps, got "
+                    f"{len(losses)}. Correct the estimator."
+                )
             change = start - space.values()
         finally:
             space.load(start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -23,15 +23,21 @@ class DenseSpace(MasterSpace):
         distribution: Law of the directions.
 
     Raises:
-        ValueError: There is none, or one is not float32.
+        ValueError: There is none, one is not float32, or one is there twice.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], *, distribution: Distribution = Distribution.gaussian
+        self, parameters: Iterable[nn.Parameter], *, distribution: Distribution = Distribution.gaussian
     ) -> None:
+        parameters = [*parameters]
         if not parameters or any(parameter.dtype != torch.float32 for parameter in parameters):
             dtypes = sorted({str(parameter.dtype) for parameter in parameters})
             raise ValueError(f"a dense space needs float32 parameters, got {dtypes or 'none'}")
+        if (twice := len(parameters) - len({id(parameter) for parameter in parameters})) > 0:
+            raise ValueError(
+                f"a dense space needs each parameter once, got {twice} of {len(parameters)} again. Take those of "
+                "model.parameters(), which names tied weights once."
+            )
         self._buffer = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
         self._parameters = parameters
         parts = torch.split(self._buffer, [parameter.numel() for parameter in parameters])

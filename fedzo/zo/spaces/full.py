@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,6 +39,9 @@ class FullSpace:
         parameters: Those of them that are trained, by name in that order; all by default.
         distribution: Law of the directions.
         rounding: How a step rounds a 16-bit weight; a float32 one it does not concern.
+
+    Raises:
+        ConfigError: A weight holds no real numbers, or a probe would not see every use of it.
     """
 
     perturbs_weights = True
@@ -55,6 +58,7 @@ class FullSpace:
         self._rounding = rounding
         trained = dict(model.named_parameters()) if parameters is None else parameters
         self._parameters = [*trained.values()]
+        _refuse_unseen(model, self._parameters)
         for name, parameter in trained.items():
             if not parameter.is_floating_point():
                 raise ConfigError(
@@ -153,6 +157,30 @@ class FullSpace:
 
     def row_weights(self, model: nn.Module) -> RowWeights | None:
         return None
+
+
+def _refuse_unseen(model: nn.Module, trained: Collection[nn.Parameter]) -> None:
+    """Refuse modules whose use of trained weights a probe does not see, or that compute in another way within one.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    mine = {id(parameter) for parameter in trained}
+    for name, module in model.named_modules():
+        if mine.isdisjoint(map(id, module.parameters())):
+            continue
+        what = f"{name or 'the model'} is a {type(module).__name__}"
+        if isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in dict(module.named_children()):  # torch.compile
+            raise ConfigError(
+                f"FullSpace must see every use of a trained weight, but {what}, and compiled code hides them. Give it "
+                "the module before it was compiled, or take MaskedSpace or DenseSpace."
+            )
+        fast = isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+        if fast and torch.backends.mha.get_fastpath_enabled():
+            raise ConfigError(
+                f"FullSpace must compute within a probe as outside of it, but {what}, whose fast path torch takes only "
+                "outside. Call torch.backends.mha.set_fastpath_enabled(False) first."
+            )
 
 
 def _groups(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

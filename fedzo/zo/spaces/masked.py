@@ -26,8 +26,11 @@ class MaskedSpace(MasterSpace):
 
     Args:
         model: The model whose weights are set in place.
-        indices: Per parameter name the flat row-major indices (int64, sorted); the order of names is the wire order.
+        indices: Per parameter name the flat row-major indices (``check_indices``), names in wire order.
         distribution: Law of the directions.
+
+    Raises:
+        ConfigError: The model has no such parameter, ``check_indices`` refuses those of one, or there are none.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class MaskedSpace(MasterSpace):
         for name, flat in indices.items():
             if name not in parameters:
                 raise ConfigError(f"mask: the model has no parameter {name!r}. Make the mask for this model.")
+            check_indices(name, flat, parameters[name].numel())
             self.places.append((parameters[name], flat.to(parameters[name].device)))
         self._sizes = [flat.numel() for _, flat in self.places]
         if sum(self._sizes) == 0:
@@ -95,6 +99,28 @@ class MaskedSpace(MasterSpace):
             values, self._addresses, dtype, key, scale=scale32, distribution=self.distribution, update=update
         )
         return True
+
+
+def check_indices(name: str, flat: torch.Tensor, numel: int) -> None:
+    """Check indices of single values in a parameter of ``numel``: int64 [k], ascending.
+
+    Raises:
+        ConfigError: They are of another form, unsorted, repeated or out of range.
+    """
+    where = f"mask: the indices of {name!r}"
+    if flat.dtype != torch.int64 or flat.ndim != 1:
+        raise ConfigError(
+            f"{where} must be an int64 vector, got {flat.dtype} of shape {tuple(flat.shape)}. "
+            "choice.flatten().nonzero().flatten() makes them of a boolean tensor."
+        )
+    if not bool((flat[1:] > flat[:-1]).all()):
+        raise ConfigError(
+            f"{where} must ascend without repeats, they are unsorted or repeated. Call indices.unique(), or make the "
+            "mask file again."
+        )
+    low, high = (int(flat[0]), int(flat[-1])) if flat.numel() else (0, -1)
+    if low < 0 or high >= numel:
+        raise ConfigError(f"{where} must lie in 0..{numel - 1}, got {low}..{high}: out of range. Make the mask again.")
 
 
 def _offsets(weight: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from fedzo.config.schema import RunSettings
+from fedzo.data.config import TaskConfig
 from fedzo.errors import PluginError
 from fedzo.fl.client.scalar_update import ScalarUpdate
+from fedzo.fl.client.vector_update import VectorUpdate
 from fedzo.fl.clip import NO_BOUND
 from fedzo.fl.config import StrategyConfig
+from fedzo.fl.messages import TrainRequest
+from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.estimator import Projection, TwoPointConfig
 
 
@@ -55,3 +60,35 @@ def test_what_is_no_projection_is_named_with_its_plugin() -> None:
     expected = r"test_scalar_update\.Given\.estimate must give a fedzo\.zo\.\S*\.Projection, got 0\.5 \(float\)"
     with pytest.raises(PluginError, match=expected):
         sent([0.5, 0.5], num_probes=2)
+
+
+def test_an_estimator_that_forgets_to_return_is_named() -> None:
+    with pytest.raises(PluginError, match=r"test_scalar_update\.Given\.estimate must give a .*list, got None"):
+        sent(cast(Any, None), num_probes=2)
+    with pytest.raises(PluginError, match=r"test_scalar_update\.Given\.estimate must give a .*list, .*\(generator\)"):
+        sent(cast(Any, (projection(0.5) for _ in range(2))), num_probes=2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rule"),
+    [
+        (None, "must give a builtins.list, got None"),
+        ([0.5], r"must give a loss for each of 2 steps, got 1\."),
+        ([0.5] * 3, r"must give a loss for each of 2 steps, got 3\."),
+    ],
+)
+def test_a_gradient_estimator_gives_a_loss_for_each_step(losses: Any, rule: str) -> None:
+    """Else the server would refuse the client, and nobody would be told of the plugin."""
+
+    class Descent:
+        def descend(self, space: Any, losses_of_steps: Any, *, lr: float) -> Any:
+            space.load(np.ones(3, np.float32))
+            return losses
+
+    space = VectorSpace(np.zeros(3, np.float32))
+    at = SimpleNamespace(replica=SimpleNamespace(space=space, position=0))
+    update = VectorUpdate(cast(Any, None), TaskConfig(), Descent())
+
+    with pytest.raises(PluginError, match=rf"Descent\.descend {rule}"):
+        update.make(cast(Any, at), TrainRequest(client=0, steps=2, lr=0.5))
+    assert space.values().tolist() == [0, 0, 0]

@@ -65,3 +65,13 @@ def test_only_float32_parameters_are_taken() -> None:
         DenseSpace([])
     with pytest.raises(ValueError, match=r"got \['torch.bfloat16', 'torch.float32'\]"):
         DenseSpace([*parameters(), nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))])
+
+
+def test_parameters_come_from_any_iterator_and_each_once() -> None:
+    """As for an optimizer of torch. One that is there twice would have values that are in no model."""
+    layer = nn.Linear(3, 2)
+    before = flat([layer.weight, layer.bias])
+
+    assert DenseSpace(layer.parameters()).values().tolist() == before.tolist()
+    with pytest.raises(ValueError, match="each parameter once, got 1 of 3 again"):
+        DenseSpace([layer.weight, layer.bias, layer.weight])

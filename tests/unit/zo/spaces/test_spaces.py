@@ -235,6 +235,85 @@ def test_masked_space_refuses_a_mask_of_another_model_and_an_empty_one() -> None
         MaskedSpace(model, {})
 
 
+@pytest.mark.parametrize(
+    ("flat", "rule"),
+    [
+        (torch.tensor([0, 5, 1]), r"must ascend without repeats, .*indices\.unique\(\)"),  # as topk gives them
+        (torch.tensor([1, 1, 2]), "must ascend without repeats"),
+        (torch.tensor([0, 5], dtype=torch.int32), r"must be an int64 vector, got torch\.int32"),
+        (torch.tensor([[0, 5]]), r"must be an int64 vector, got torch\.int64 of shape \(1, 2\)"),
+        (torch.eye(4, 6).bool(), r"must be an int64 vector, got torch\.bool .*nonzero\(\)"),
+        (torch.tensor([-1, 5]), r"must lie in 0\.\.23, got -1\.\.5"),
+        (torch.tensor([5, 24]), r"must lie in 0\.\.23, got 5\.\.24"),
+    ],
+)
+def test_masked_space_refuses_indices_that_name_no_values_or_some_twice(flat: torch.Tensor, rule: str) -> None:
+    with pytest.raises(ConfigError, match=f"indices of 'weight' {rule}"):
+        MaskedSpace(nn.Linear(6, 4), {"weight": flat})
+
+    ends = MaskedSpace(nn.Linear(6, 4), {"weight": torch.tensor([0, 23]), "bias": torch.tensor([], dtype=torch.int64)})
+    assert ends.size == 2
+
+
+def scripted(layer: nn.Module) -> nn.Module:
+    return torch.jit.script(layer)
+
+
+def traced(layer: nn.Module) -> nn.Module:
+    return torch.jit.trace(layer, torch.ones(2, 3))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what it gives up
+@pytest.mark.parametrize(
+    ("compiled", "kind"),
+    [(scripted, "RecursiveScriptModule"), (traced, "TopLevelTracedModule"), (torch.compile, "OptimizedModule")],
+)
+def test_full_space_refuses_compiled_modules_that_hold_trained_weights(
+    compiled: Callable[[nn.Module], nn.Module], kind: str
+) -> None:
+    """TorchScript would compute with the unperturbed weights, so that every g were 0 without a word."""
+    model = nn.Sequential(nn.Linear(3, 3), compiled(nn.Linear(3, 2))).requires_grad_(False)
+
+    with pytest.raises(ConfigError, match=f"1 is a {kind}, and compiled code hides them"):
+        FullSpace(model)
+    with pytest.raises(ConfigError, match=f"the model is a {kind}"):
+        FullSpace(compiled(nn.Linear(3, 2)))
+    assert FullSpace(model, parameters={"0.weight": model[0].weight}).size == 9
+
+
+@pytest.fixture
+def fast_path() -> Iterator[Callable[[bool], None]]:
+    mha = torch.backends.mha
+    before = mha.get_fastpath_enabled()
+    yield mha.set_fastpath_enabled
+    mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.filterwarnings("ignore")  # nested tensors are a prototype
+def test_full_space_refuses_attention_that_is_fast_outside_of_a_probe_only(fast_path: Callable[[bool], None]) -> None:
+    """There padded positions are 0, here they are not: a difference of two such losses is no slope."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(layer, 1)).requires_grad_(False).eval()
+    x, padded = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False, False, True, True]])
+
+    def outputs() -> torch.Tensor:
+        return model[1](model[0](x), src_key_padding_mask=padded)
+
+    fast_path(True)
+    with pytest.raises(ConfigError, match=r"1\.layers\.0 is a TransformerEncoderLayer, .*fastpath_enabled\(False\)"):
+        FullSpace(model)
+    with pytest.raises(ConfigError, match="the model is a MultiheadAttention"):
+        FullSpace(nn.MultiheadAttention(8, 2))
+    assert FullSpace(model, parameters={"0.weight": model[0].weight}).size == 64
+    fast = outputs()
+    fast_path(False)
+    space, slow = FullSpace(model), outputs()
+    with space.probe(1e-30, 3):
+        torch.testing.assert_close(outputs(), slow)
+    assert (fast - slow)[padded].abs().max() > 0.1
+
+
 def test_full_space_refuses_quantised_weights() -> None:
     model = nn.Module()
     model.register_parameter("packed", nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False))
