@@ -51,6 +51,11 @@ def printable(text: str, *, most: int = 400) -> str:
     return "".join(character if character.isprintable() else " " for character in cut)
 
 
+def without_escapes(text: object) -> str:
+    """The lines of a text that may hold words of others, such as a file's name, as a terminal may show them."""
+    return "\n".join(printable(line, most=1 << 20) for line in str(text).splitlines())
+
+
 def quoted(words: str) -> str:
     """Words of another machine, marked as such."""
     return '"' + printable(words.replace('"', "'"), most=300) + '"'

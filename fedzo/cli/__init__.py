@@ -20,7 +20,7 @@ from fedzo.cli.arguments import Handler
 from fedzo.cli.commands import add_machine_commands, add_run_commands
 from fedzo.cli.models import add_model_commands
 from fedzo.cli.sites import add_site_commands
-from fedzo.errors import ConfigError, FedzoError, printable, shell
+from fedzo.errors import ConfigError, FedzoError, printable, shell, without_escapes
 from fedzo.system import keep_loopback_direct, package_problems, quiet_libraries
 
 RUN_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -54,7 +54,7 @@ def _run(argv: Sequence[str] | None) -> int:
         with stopped_by_signals():
             return int(arguments.handler(arguments) or 0)
     except FedzoError as error:
-        print(f"fedzo: {error}", file=sys.stderr)
+        print(f"fedzo: {without_escapes(error)}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError) else RUN_FAILED
     except ImportError as error:
         problems = [f"{name}: {told}" for name, told in package_problems().items()]

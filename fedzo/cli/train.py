@@ -28,7 +28,7 @@ from fedzo.config.load import checked, load
 from fedzo.config.overrides import in_shell, with_config_dir
 from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import is_sweep, plan_sweep
-from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError, shell
+from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError, shell, without_escapes
 from fedzo.records.folder import LOG, MULTIRUN, REPORT
 from fedzo.system import environment_variable, quiet_libraries
 
@@ -113,10 +113,10 @@ def job(composed: DictConfig) -> float | None:
         raise KeyboardInterrupt(shell("fedzo resume", folder)) from None
     except Exception as error:
         if in_sweep:  # Hydra raises the first job's error only, when all have run
-            if isinstance(error, FolderInUseError):
-                print(f"fedzo: {error}", file=sys.stderr)  # the folder's log belongs to the process that has it
+            if isinstance(error, FolderInUseError):  # the folder's log belongs to the process that has it
+                print(f"fedzo: {without_escapes(error)}", file=sys.stderr)
             elif isinstance(error, FedzoError):
-                log.error("%s: %s", folder, error)
+                log.error("%s: %s", folder, without_escapes(error))
             else:
                 log.exception("%s: the job failed", folder)
             _let_frames_go(error)

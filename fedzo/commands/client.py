@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedzo.commands.server import IMAGE, fill, template
-from fedzo.errors import ConfigError, printable, shell
+from fedzo.errors import ConfigError, printable, shell, without_escapes
 from fedzo.records.folder import folder_of_one_process, replace_file
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
 from fedzo.runtime.net.credentials import keep_private, plain_pem
@@ -86,7 +86,7 @@ def up(folder: ClientFolder) -> Iterator[str]:
             processes.check()
             for line in supernode.new():
                 yield from map(printable, words.of(line))  # some of it are the server's words
-            yield from site.new()
+            yield from map(without_escapes, site.new())
             time.sleep(LOOK_S)
 
 

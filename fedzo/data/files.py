@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -151,7 +151,7 @@ def _parsed(text: str, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> Row:
         row = dict(pairs)
         if len(row) < len(pairs):
-            twice = next(key for key in row if sum(key == other for other, _ in pairs) > 1)
+            twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
             raise ConfigError(f"{where}: a key must stand once in an object, got {twice!r} twice. Remove one.")
         return row
 

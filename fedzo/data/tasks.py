@@ -67,14 +67,17 @@ def render(row: Row, task: TaskConfig) -> Rendered:
 
 
 def template_faults(template: str, *, constant: bool = False) -> Iterator[str]:
-    """The rules that a template breaks whatever the rows are; ``constant`` is one that needs no column."""
+    """The rules that a template breaks whatever the rows are; ``constant`` is one that needs no column.
+
+    A template may come from elsewhere: all of it takes time linear in the text.
+    """
     rest = _FIELD.sub("\0", template)
     if opened := re.search(r"(?<!\$)\{[ \t]*(\w[\w .-]*)", rest):
         yield (
             f"close the brace of {opened[0]!r} right after the column's name, as in {{{opened[1].strip()}}} (a name "
             "may hold letters, digits, blanks and _ . -: rename a column with other signs)"
         )
-    elif rest.count("{") < rest.count("}") and (closed := re.search(r"(\w+)[ \t]*\}", rest)):
+    elif rest.count("{") < rest.count("}") and (closed := re.search(r"(?<!\w)(\w+)[ \t]*\}", rest)):
         yield f"open the brace of {closed[0]!r} right before the column's name, as in {{{closed[1]}}}"
     elif "\0" not in rest and not constant:
         yield "hold a {column} of the rows, or every row has the same text"

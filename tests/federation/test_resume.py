@@ -290,13 +290,9 @@ def test_an_interrupted_sweep_goes_on_and_leaves_finished_runs_alone(
     assert "holds a run of other settings" in said
 
 
-def test_an_interrupted_job_goes_on_where_the_repeated_command_says(
-    run: Callable[..., Path],
-    overrides: Callable[..., list[str]],
-    lines: Callable[..., list[dict[str, Any]]],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def stopped(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A run that was asked to stop while it started."""
     folder, taken = tmp_path / "run0", Scores.take
 
     def take_and_stop(scores: Scores, split: Any, *, rounds: int) -> None:
@@ -307,7 +303,17 @@ def test_an_interrupted_job_goes_on_where_the_repeated_command_says(
         patch.setattr(Scores, "take", take_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run()
+    return folder
+
+
+def test_an_interrupted_job_goes_on_where_the_repeated_command_says(
+    stopped: Path, overrides: Callable[..., list[str]], lines: Callable[..., list[dict[str, Any]]]
+) -> None:
+    folder = stopped
     (folder / FAILED).touch()  # as an earlier start would leave it
+    begun = json.loads((folder / "config.json").read_text())
+    begun["rewriter"]["store"] = "/of/the/first/command"
+    (folder / "config.json").write_text(json.dumps(begun))
     names = ("config.json", "config.yaml", "overrides.yaml")
     before = [(folder / name).read_bytes() for name in names]
     other, words = overrides("threads=2", "fl.batch_size=3"), overrides("threads=2")
@@ -318,25 +324,16 @@ def test_an_interrupted_job_goes_on_where_the_repeated_command_says(
     start_or_resume_run(load(words), folder, overrides=words)
 
     for name in ("config.json", "site.json"):
-        assert json.loads((folder / name).read_text())["threads"] == 2
+        told = json.loads((folder / name).read_text())
+        assert told["threads"] == 2
+        assert told["rewriter"]["store"] == "/of/the/first/command"  # which has the rewrites, if there are any
     assert '"threads=2"' in (folder / "overrides.yaml").read_text()
     assert not (folder / FAILED).exists()
     assert lines(folder, "metrics.jsonl")[-1]["kind"] == "summary"
 
 
-def test_a_run_that_is_asked_to_stop_while_it_starts_stops_before_its_next_round_and_goes_on(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    folder, taken = tmp_path / "run0", Scores.take
-
-    def take_and_stop(scores: Scores, split: Any, *, rounds: int) -> None:
-        (folder / STOP).touch()
-        taken(scores, split, rounds=rounds)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Scores, "take", take_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("runtime=inline")
+def test_a_run_that_is_asked_to_stop_while_it_starts_stops_before_its_next_round_and_goes_on(stopped: Path) -> None:
+    folder = stopped
 
     assert (folder / "public.jsonl").read_bytes() == b""
     assert not (folder / STOP).exists()

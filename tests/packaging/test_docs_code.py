@@ -89,7 +89,7 @@ def test_loop_of_the_how_to_learns_and_its_scalars_make_the_same_bits(tmp_path: 
     program = tmp_path / "loop.py"
     text = code("how-to-own-loop.md", "python")
     unknown = "\nimport sys\nassert not {'flwr', 'hydra', 'transformers'} & set(sys.modules)\n"
-    program.write_text(text + unknown, encoding="utf-8")
+    program.write_text(text + unknown + code("how-to-own-loop.md", "python", number=1), encoding="utf-8")
 
     done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, check=False)
 

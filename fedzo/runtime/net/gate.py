@@ -41,6 +41,7 @@ from fedzo.runtime.net.gate_http import (
     Asker,
     Event,
     Receive,
+    Room,
     Scope,
     Send,
     again_later,
@@ -64,6 +65,9 @@ MAX_BODY_BYTES = 16 << 20
 """Of one request; Flower cuts what is longer into chunks of 5 MB."""
 STRANGER_BODY_BYTES = 64 << 10
 """Of a request of a node that is not registered: only to say who it is."""
+MOST_HELD_BYTES, MOST_HELD_OF_ONE = 1 << 30, 64 << 20
+"""Of requests that are not answered yet: of all, and of a registered client at one host, whose SuperNode sends at most
+2 pieces of 5 MB at once. While there is no room, whoever sends more than a stranger may is told to ask again."""
 MOST_HEAR_S = 60.0
 """For the body of one request to arrive; Flower's nodes wait for an answer for half of that."""
 REQUESTS_PER_S, BURST = 200.0, 2000.0
@@ -114,6 +118,7 @@ class Gate:
         self._strangers: dict[str, tuple[float, int]] = {}
         self._start = secrets.token_hex(8)
         self._up_bytes = self._down_bytes = 0
+        self._room = Room(MOST_HELD_BYTES, MOST_HELD_OF_ONE, always=STRANGER_BODY_BYTES)
         self._turns, self._most_wait_s = Turns(MOST_AT_ONCE), most_wait_s
         self._arrivals, self._hold_s, self._ending = Arrivals(), hold_s, False
 
@@ -142,17 +147,20 @@ class Gate:
             return
         if asker.name is not None:
             self._up_bytes += request_bytes(scope)
-        try:
-            async with asyncio.timeout(MOST_HEAR_S):
-                heard = await self._hear(asker, receive, most_bytes)
-        except TimeoutError:
-            self._tell(asker, f"a request of it took longer than {MOST_HEAR_S:.0f} s to arrive")
-            await answer(send, 408, "too slow")
-            return
-        if heard is None:
-            await answer(send, 413, "too large")
-            return
-        await self._pass_on(asker, scope, heard, receive, send)
+        with self._room.of_one((asker.name, asker.network)) as take:
+            try:
+                async with asyncio.timeout(MOST_HEAR_S):
+                    heard = await self._hear(asker, receive, most_bytes, take)
+            except TimeoutError:
+                self._tell(asker, f"a request of it took longer than {MOST_HEAR_S:.0f} s to arrive")
+                await answer(send, 408, "too slow")
+                return
+            if heard is None:
+                await answer(send, 413, "too large")
+            elif not heard:
+                await answer(send, 503, "busy", hang_up=False)
+            else:
+                await self._pass_on(asker, scope, heard, receive, send)
 
     def end(self) -> None:
         """Answer what is held, so that the server can end."""
@@ -174,14 +182,23 @@ class Gate:
             for node in _addressees(bytes(body)):
                 self._arrivals.came(node)
 
-    async def _hear(self, asker: Asker, receive: Receive, most_bytes: int) -> list[Event] | None:
-        """A request's whole body; None where it breaks off, or is too long, which need not have been declared."""
+    async def _hear(
+        self, asker: Asker, receive: Receive, most_bytes: int, take: Callable[[int], bool]
+    ) -> list[Event] | None:
+        """A request's whole body; empty where there is no room for it.
+
+        None where it breaks off, or is too long, which need not have been declared.
+        """
         heard: list[Event] = []
-        taken, more = 0, True
+        taken, more, has_room = 0, True, True
         while more:
             event = await receive()
-            heard.append(event)
             taken += len(event.get("body", b""))
+            if has_room := has_room and take(taken):
+                heard.append(event)
+            else:  # heard out all the same: a node that still sends would not hear the answer
+                heard.clear()
+                take(0)
             if asker.name is not None:
                 self._up_bytes += len(event.get("body", b""))
             if taken > most_bytes or event["type"] != "http.request":
@@ -204,6 +221,8 @@ class Gate:
                 await turn.aclose()
                 if event["status"] >= 400:
                     self._explain(asker, scope, event["status"])
+                elif poll and came is not None:  # it was signed: only the SuperLink knows
+                    self._arrivals.ask(*poll, since=came)
             if asker.name is not None:
                 self._down_bytes += response_bytes(event)
             if poll and event.get("body"):  # it got something, and there may be more
@@ -211,6 +230,7 @@ class Gate:
             await send(event)
 
         poll = _poll(asker, scope, heard)
+        came: int | None = None
         async with contextlib.AsyncExitStack() as turn:
             if poll and (bell := self._arrivals.bell(*poll)):
                 await self._hold(poll[0], bell, left, watched)
@@ -224,7 +244,7 @@ class Gate:
                 return
             if here:
                 if poll:
-                    self._arrivals.ask(*poll)
+                    came = self._arrivals.count(poll[1])
                 await self._app(scope, told, again_later(scope, watched))
 
     async def _hold(self, name: str, bell: asyncio.Event, left: Callable[[], Awaitable[None]], send: Send) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -42,6 +44,46 @@ class Asker:
     def words(self) -> str:
         who = f"client {self.name}" if self.name else f"a node with the key {fingerprint(self.key)}"
         return f"{who} at {self.host}"
+
+
+class Room:
+    """For bytes of requests that are not over.
+
+    Args:
+        most: Of all of them.
+        most_of_one: Of those of one asker.
+        always: Of one request, for which there always is room.
+    """
+
+    def __init__(self, most: int, most_of_one: int, *, always: int) -> None:
+        self._most, self._most_of_one, self._always = most, most_of_one, always
+        self._all, self._of = 0, Counter[Hashable]()
+
+    @contextmanager
+    def of_one(self, who: Hashable) -> Iterator[Callable[[int], bool]]:
+        """A function that takes as much room as a request needs by now, and says whether it was there.
+
+        In the end all of it is free again.
+        """
+        taken = 0
+
+        def take(size: int) -> bool:
+            nonlocal taken
+            more = size - taken
+            is_full = self._all + more > self._most or self._of[who] + more > self._most_of_one
+            if is_full and size > self._always:
+                return False
+            taken = size
+            self._all += more
+            self._of[who] += more
+            return True
+
+        try:
+            yield take
+        finally:
+            take(0)
+            if not self._of[who]:
+                del self._of[who]
 
 
 def again_later(scope: Scope, send: Send) -> Send:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -55,10 +56,12 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._asked: dict[str, int] = {}  # and nothing has come since
+        self._came = Counter[int]()
         self._bells: dict[str, asyncio.Event] = {}
 
     def came(self, address: int) -> None:
         """Something has come to this address."""
+        self._came[address] += 1
         for name in [name for name, asked in self._asked.items() if asked == address]:
             self.forget(name)
 
@@ -87,9 +90,14 @@ class Arrivals:
         if bell := self._bells.pop(name, None):
             bell.set()
 
-    def ask(self, name: str, address: int) -> None:
-        """Note that somebody asks now."""
-        self._asked[name] = address
+    def count(self, address: int) -> int:
+        """How often something has come to this address."""
+        return self._came[address]
+
+    def ask(self, name: str, address: int, *, since: int) -> None:
+        """Note that somebody has asked, unless something has come since: ``count`` was ``since`` before he did."""
+        if self._came[address] == since:
+            self._asked[name] = address
 
 
 async def unless_left(wait: Coroutine[Any, Any, object], leave: Callable[[], Awaitable[None]]) -> bool:

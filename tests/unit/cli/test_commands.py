@@ -173,6 +173,20 @@ def test_an_error_of_a_service_is_one_line_and_an_exit_code(
     assert capsys.readouterr().err == f"fedzo: {error}\n"
 
 
+def test_an_error_keeps_its_lines_and_shows_no_escapes(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may name a column, or the target of a link, of a folder that came from somebody else."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise ConfigError("2 problems in the configuration:\n  - a\x1b]52;c;ZWNobw==\x07\n  - b")
+
+    monkeypatch.setattr(sys.modules["fedzo.commands.trained"], "replay_run", fail)
+
+    assert main(["replay", "."]) == 2
+    assert capsys.readouterr().err == "fedzo: 2 problems in the configuration:\n  - a ]52;c;ZWNobw== \n  - b\n"
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

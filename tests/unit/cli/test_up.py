@@ -42,16 +42,16 @@ def site(server: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """What `fedzo client up` says after it has begun, while its SuperNode's log grows by the pieces that are given."""
+    """What `fedzo client up` says after it has begun, while its SuperNode's log, or another, grows by these pieces."""
 
-    def keep(*pieces: str) -> list[str]:
+    def keep(*pieces: str, log: str = "supernode") -> list[str]:
         left, told = list(pieces), list[str]()
 
         def write(seconds: float) -> None:
             if not left:
                 raise KeyboardInterrupt
-            with (site / "logs" / "supernode.log").open("a") as log:
-                log.write(left.pop(0))
+            with (site / "logs" / f"{log}.log").open("a") as file:
+                file.write(left.pop(0))
 
         monkeypatch.setattr(Processes, "start", lambda *_, **__: None)
         monkeypatch.setattr("fedzo.commands.client.time.sleep", write)
@@ -92,6 +92,14 @@ def test_words_of_a_server_reach_the_terminal_without_escapes(said: Callable[...
 
     assert said(first, "[code: 1203] no\x1b]52;c;ZWNobw==\x07 and\x1b[2J\n") == [
         "the server refused: [code: 1203] no ]52;c;ZWNobw==  and [2J"
+    ]
+
+
+def test_the_sites_own_log_reaches_the_terminal_without_escapes(said: Callable[..., list[str]]) -> None:
+    """A traceback there has the words of an exception as they are."""
+    assert said("client 0: failed\nZeroDivisionError: \x1b]52;c;ZWNobw==\x07" + "x" * 500 + "\n", log="site") == [
+        "client 0: failed",
+        "ZeroDivisionError:  ]52;c;ZWNobw== " + "x" * 500,
     ]
 
 

@@ -301,7 +301,7 @@ def _leaks(case: _Case) -> bool:
 
 def lost_names(text: str, original: str) -> tuple[str, ...]:
     """Capitalised words inside a sentence that a rewrite lost, or brought in: a warning only."""
-    old, new = words(original), words(text)
-    lost = [name for name in names(original) if folded(name) not in set(new)]
-    brought = [name for name in names(text) if folded(name) not in set(old)]
+    old, new = {*words(original)}, {*words(text)}
+    lost = [name for name in names(original) if folded(name) not in new]
+    brought = [name for name in names(text) if folded(name) not in old]
     return tuple(dict.fromkeys([*lost, *brought]))

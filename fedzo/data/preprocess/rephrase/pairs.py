@@ -51,7 +51,8 @@ KINDS = ("identical", "paraphrased", "negated", "swapped", "other row")
 SAME_KINDS = KINDS[:2]
 # "after her children" is no clause: two words are too few to tell
 _LINK = r"because|when|while|although|after(?= \S+ \S+ \S)|before(?= \S+ \S+ \S)"
-_CLAUSES = re.compile(rf"([A-Z][^.?!;,:]*?) ({_LINK}) ([^.?!;,:]+)\.")
+_ONE_SENTENCE = r"(?=[^.?!;,:]+\.\Z)"  # looked for once, and not anew after each link
+_CLAUSES = re.compile(rf"{_ONE_SENTENCE}([A-Z][^.?!;,:]*?) ({_LINK}) ([^.?!;,:]+)\.")
 
 
 def paraphrased(text: str, turn: int = 0) -> str:

@@ -24,6 +24,7 @@ from fedzo.runtime.net.gate import (
     BURST,
     MAX_BODY_BYTES,
     MOST_AT_ONCE,
+    MOST_HELD_OF_ONE,
     MOST_WAIT_S,
     QUIET_S,
     STRANGER_BODY_BYTES,
@@ -132,6 +133,52 @@ def test_of_a_stranger_little_is_heard_and_of_nobody_for_ever(
     assert slow.answers == [408]
     assert slow.asked == []
     assert "refused: client hospital at c: a request of it took longer than" in caplog.text
+
+
+def test_bodies_on_their_way_have_a_bound_of_bytes_and_small_ones_always_room(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a client at one host, and of all: else a client could have the server hold 2,000 bodies of 16 MiB."""
+    monkeypatch.setattr("fedzo.runtime.net.gate.MOST_HELD_BYTES", MOST_HELD_OF_ONE + MAX_BODY_BYTES)
+    gate = Gate(place._app, public_port=PUBLIC, folder=place.folder)
+    long, small = bytes(MAX_BODY_BYTES - 1), bytes(STRANGER_BODY_BYTES - 1)
+
+    async def send(begin: bytes, rest: asyncio.Event, *, host: str = "10.0.0.9") -> int:
+        scope = {"type": "http", "server": ("h", PUBLIC), "client": (host, 5), "path": PUSH, "method": "POST"}
+        scope["headers"] = [(b"flwr-public-key", b64encode(place.key))]
+        parts, sent = [begin, b"x"], list[Any]()
+
+        async def receive() -> Any:
+            if len(parts) == 1:
+                await rest.wait()
+            if not parts:
+                return await asyncio.Event().wait()
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        async def keep(event: Any) -> None:
+            sent.append(event)
+
+        await gate(scope, receive, keep)
+        return int(sent[0]["status"])
+
+    async def play() -> list[list[int]]:
+        rest, now = asyncio.Event(), asyncio.Event()
+        now.set()
+        own = [asyncio.ensure_future(send(long, rest)) for _ in range(6)]
+        other = [asyncio.ensure_future(send(long, rest, host="10.0.0.8")) for _ in range(3)]
+        await _settle()
+        meanwhile = [await send(long, now), await send(small, now)]
+        rest.set()
+        ends = [await asyncio.gather(*own), await asyncio.gather(*other)]
+        return [*ends, meanwhile, [await send(long, now) for _ in range(6)]]
+
+    fit = MOST_HELD_OF_ONE // MAX_BODY_BYTES
+    assert asyncio.run(play()) == [
+        [200] * fit + [503] * (6 - fit),
+        [200, 503, 503],
+        [503, 200],
+        [200] * 6,  # what is over takes no room
+    ]
 
 
 def test_a_superlink_that_failed_at_a_message_is_asked_again(place: Place, caplog: pytest.LogCaptureFixture) -> None:

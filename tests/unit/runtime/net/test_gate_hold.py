@@ -37,15 +37,17 @@ class Post:
         self._keys = dict(zip((HOSPITAL, CLINIC), folder.by_key(), strict=True))
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
-        body, answer = (await receive()).get("body", b""), b""
-        if scope["path"] == SEND:
+        body, answer, status = (await receive()).get("body", b""), b"", 200
+        if scope["path"] == POLL and (b"signed", b"yes") not in scope["headers"]:
+            status = 401
+        elif scope["path"] == SEND:
             for message in PushAppMessagesRequest.FromString(body).messages_list:
                 self.boxes[message.metadata.dst_node_id].append(b"a message")
         else:
             node = PullMessagesRequest.FromString(body).node.node_id
             self.looked.append(node)
             answer = self.boxes[node].pop() if self.boxes.get(node) else b""
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": answer})
 
     async def _request(self, scope: Any, body: bytes, left: asyncio.Event) -> list[Any]:
@@ -70,10 +72,13 @@ class Post:
         body = PushAppMessagesRequest(messages_list=messages).SerializeToString()
         await self._request({"server": ("h", CONTROL), "path": SEND, "headers": []}, body, asyncio.Event())
 
-    def poll(self, node: int, *, body: bytes | None = None, left: asyncio.Event | None = None) -> Any:
-        """A node asks for work; gives status and body of the answer."""
+    def poll(
+        self, node: int, *, body: bytes | None = None, left: asyncio.Event | None = None, signed: bool = True
+    ) -> Any:
+        """A node asks for work, or who only says that he is it; gives status and body of the answer."""
         given = PullMessagesRequest(node=Node(node_id=node)).SerializeToString() if body is None else body
         headers = [(b"flwr-public-key", b64encode(self._keys[node]))]
+        headers += [(b"signed", b"yes")] if signed else []
         scope = {"server": ("h", PUBLIC), "path": POLL, "headers": headers}
         return asyncio.ensure_future(self._request(scope, given, left or asyncio.Event()))
 
@@ -215,6 +220,53 @@ def test_of_two_questions_in_one_name_the_second_is_held(folder: ServerFolder) -
         assert not second.done()
         await post.send(HOSPITAL)
         assert [await second, await post.poll(HOSPITAL)] == [NOTHING, SOMETHING]
+
+    asyncio.run(asyncio.wait_for(play(), LONG_S / 2))
+
+
+def test_who_only_knows_a_nodes_name_keeps_no_message_from_it(folder: ServerFolder) -> None:
+    """A public key and a node's number are in logs: only the SuperLink knows whose word a question is."""
+
+    async def play() -> None:
+        post, looks, answers = Post(folder), asyncio.Event(), asyncio.Event()
+        app = post.gate._app
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] == POLL and (b"signed", b"yes") not in scope["headers"]:
+                looks.set()
+                await answers.wait()
+            await app(scope, receive, send)
+
+        post.gate._app = slow
+        stranger = post.poll(HOSPITAL, signed=False)
+        await looks.wait()
+        await post.send(HOSPITAL)
+        answers.set()
+        assert await stranger == [401, b""]
+        assert await post.poll(HOSPITAL, signed=False) == [401, b""]
+        assert await asyncio.wait_for(post.poll(HOSPITAL), 10) == SOMETHING  # it is not held
+
+    asyncio.run(asyncio.wait_for(play(), LONG_S / 2))
+
+
+def test_a_message_that_comes_while_the_superlink_looks_is_not_forgotten_by_a_late_answer(
+    folder: ServerFolder,
+) -> None:
+    async def play() -> None:
+        post = Post(folder)
+        app = post.gate._app
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            async def late(event: Any) -> None:
+                if scope["path"] == POLL and event["type"] == "http.response.start" and len(post.looked) == 1:
+                    await post.send(HOSPITAL)  # after the look, before the answer begins
+                await send(event)
+
+            await app(scope, receive, late)
+
+        post.gate._app = slow
+        assert await post.poll(HOSPITAL) == NOTHING
+        assert await asyncio.wait_for(post.poll(HOSPITAL), 10) == SOMETHING
 
     asyncio.run(asyncio.wait_for(play(), LONG_S / 2))
 
