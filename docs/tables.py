@@ -53,7 +53,7 @@ def ending(results: Any) -> Lines:
     run = {key: value for key, value in results["run"][0].items() if key != "seed"}
     older = {"worst_client": None, "step_policy": None}  # measured before a run told of them
     summary = decode(Summary, {**older, **run}, where="experiments/quickstart/results.json", error=RunFolderError)
-    return ["```", *last_words(summary), "```"]
+    return ["```", *last_words(summary, has_dev=True), "```"]
 
 
 def claims(rows: Any) -> Lines:

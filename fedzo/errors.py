@@ -53,7 +53,7 @@ def printable(text: str, *, most: int = 400) -> str:
 
 def without_escapes(text: object) -> str:
     """The lines of a text that may hold words of others, such as a file's name, as a terminal may show them."""
-    return "\n".join(printable(line, most=1 << 20) for line in str(text).splitlines())
+    return "\n".join(printable(line, most=1 << 20) for line in str(text).rstrip("\n").split("\n"))
 
 
 def quoted(words: str) -> str:

@@ -128,7 +128,7 @@ class Registry(Generic[T]):
             )
         owner = self._configs.get(name)
         again = owner is not None and _full_name(owner) == _full_name(config_class)  # as of a notebook's cell
-        if not again and (owner is not None or config_class in self._factories):
+        if config_class in self._factories or (owner is not None and not again):
             raise ValueError(
                 f"{self.kind} {name!r}: {_full_name(owner or config_class)} is registered already; each name and class "
                 "stands once"

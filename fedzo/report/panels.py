@@ -30,6 +30,8 @@ MAX_TITLE = 24  # letters that fit above a panel
 class Means(NamedTuple):
     """What the points of all panels' lines are means of: on shared axes, lines of other sizes differ in noise alone.
 
+    A client that sits rounds out, or stops early, has fewer steps in a block.
+
     Attributes:
         size: Neighbouring steps of the federation, for a point of a thin line.
         window: A client's last steps, for a point of a thick one.
@@ -48,7 +50,7 @@ class Means(NamedTuple):
     @property
     def of_thin(self) -> str:
         """What the name of a thin line ends with; empty where each step has its point."""
-        return f", mean of {self.size:,} steps" if self.size > 1 else ""
+        return f", mean of up to {self.size:,} steps" if self.size > 1 else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,9 @@ def draw_client(
         end = next((place for place in reversed(places) if values[place] is not None), places[-1])
         recent = values[max(0, end + 1 - means.window) : end + 1]
         thick.append((at[end], mean_of_known(recent) if values[end] is not None else math.nan))
-    axes.plot(*zip(*points, strict=True), color=colour, alpha=0.45, linewidth=0.7, marker=lone(at), clip_on=len(at) > 1)
-    axes.plot(*zip(*thick, strict=True), color=colour, linewidth=1.9, marker=lone(at), clip_on=len(at) > 1)
+    dot = lone(points)
+    axes.plot(*zip(*points, strict=True), color=colour, alpha=0.45, linewidth=0.7, marker=dot, clip_on=not dot)
+    axes.plot(*zip(*thick, strict=True), color=colour, linewidth=1.9, marker=dot, clip_on=not dot)
     return [_usual_peak([y for _, y in points]), max((y for _, y in thick if not math.isnan(y)), default=0.0)]
 
 

@@ -195,7 +195,7 @@ def replaying(rounds: int) -> str:
     return f"replaying {counted(rounds, 'round')}"
 
 
-def ending(summary: Summary, *, payload: str = "scalars", has_dev: bool = True) -> list[str]:
+def ending(summary: Summary, *, payload: str = "scalars", has_dev: bool) -> list[str]:
     """What a run says last: test scores, the worst client, whom a step policy flagged, and bytes of the payload.
 
     Args:

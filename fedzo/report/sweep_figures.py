@@ -38,8 +38,11 @@ class _Point(NamedTuple):
 def draw_sweep(jobs: Sequence[Job], keys: Sequence[str]) -> list[Picture]:
     """Draw the test scores of finished jobs of one measure; their dev scores where no job has test rows."""
     split = "test" if any(job.scores("test") for job in jobs) else "dev"
+    names = {name: shortened(name, MAX_NAME, tail=MAX_NAME // 2) for name in (job.in_words(keys) for job in jobs)}
+    if len({*names.values()}) < len(names):  # what tells jobs apart would be cut
+        names = {name: name for name in names}
     points = [
-        _Point(shortened(job.in_words(keys), MAX_NAME, tail=MAX_NAME // 2), *scores, job.summary.payload_up_bytes)
+        _Point(names[job.in_words(keys)], *scores, job.summary.payload_up_bytes)
         for job in jobs
         if job.summary and (scores := job.scores(split))
     ]

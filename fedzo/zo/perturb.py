@@ -6,8 +6,9 @@ fused expert tensors and code that reads ``lm_head.weight`` without calling ``lm
 what the function computes is exactly what it would compute on a perturbed copy of the model. (A torch function mode
 would see the same and everything else: some 10 us for each of a model's 40 calls a layer.)
 
-Not seen is what passes by torch functions: ``FullSpace`` refuses TorchScript, and the address of a weight; it cannot
-know of ``torch.func.vmap`` over a weight and of extensions in C++.
+Not seen is what passes by torch functions. ``FullSpace`` refuses modules of TorchScript and ``torch.compile``, and a
+probe the address of a weight. Nobody refuses ``torch.func.vmap`` over a weight, extensions in C++, or a loss that calls
+a compiled copy of the model.
 
 Functions that read only some rows of a weight (embedding look-ups, ``weight[rows]``, ``weight[expert]``) are handed
 only those rows: a direction's coordinates can be made one by one.

@@ -229,6 +229,8 @@ def test_a_second_owner_of_a_name_is_told_of_the_first() -> None:
         shapes.register("square", FullConfig)
     with pytest.raises(ValueError, match=r"'box': .*test_registry\.SquareConfig is registered already"):
         shapes.register("box", SquareConfig)
+    with pytest.raises(ValueError, match=r"'square': .*test_registry\.SquareConfig is registered already"):
+        shapes.register("square", SquareConfig)  # with another factory
 
 
 def test_a_plugin_that_is_defined_anew_takes_the_place_of_the_old_one() -> None:

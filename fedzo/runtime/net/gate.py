@@ -61,6 +61,8 @@ URGENCY = {f"{FLEET}send-node-heartbeat": 0, POLL: 2}
 WIRE = "/fedzo/wire"
 """Of this machine alone, as JSON: a name of this start of the SuperLink, and the bytes that registered clients sent and
 got since then, up and down."""
+EVENT_BYTES = 512
+"""What each further part of a body takes beside its bytes."""
 MAX_BODY_BYTES = 16 << 20
 """Of one request; Flower cuts what is longer into chunks of 5 MB."""
 STRANGER_BODY_BYTES = 64 << 10
@@ -158,6 +160,7 @@ class Gate:
             if heard is None:
                 await answer(send, 413, "too large")
             elif not heard:
+                self._tell(asker, "a request of it had no room beside others, and will be made again")
                 await answer(send, 503, "busy", hang_up=False)
             else:
                 await self._pass_on(asker, scope, heard, receive, send)
@@ -194,7 +197,7 @@ class Gate:
         while more:
             event = await receive()
             taken += len(event.get("body", b""))
-            if has_room := has_room and take(taken):
+            if has_room := has_room and take(taken + EVENT_BYTES * len(heard)):
                 heard.append(event)
             else:  # heard out all the same: a node that still sends would not hear the answer
                 heard.clear()

@@ -232,6 +232,7 @@ def _check_order(
 
 
 def _must_be_g(answer: Sequence[Projection], wanted: Numbers, where: str) -> None:
+    must(isinstance(answer, list), f"estimate must give a list, got a {type(answer).__name__}")
     found = np.array([float(p.g) for p in answer])
     must(
         bool(np.allclose(found, wanted, rtol=1e-5, atol=1e-5 * float(np.abs(wanted).max()))),

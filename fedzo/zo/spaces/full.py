@@ -170,12 +170,14 @@ def _refuse_unseen(model: nn.Module, trained: Collection[nn.Parameter]) -> None:
         if mine.isdisjoint(map(id, module.parameters())):
             continue
         what = f"{name or 'the model'} is a {type(module).__name__}"
-        if isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in dict(module.named_children()):  # torch.compile
+        compiled = "_orig_mod" in dict(module.named_children()) or module._compiled_call_impl is not None
+        if compiled or isinstance(module, torch.jit.ScriptModule):
             raise ConfigError(
-                f"FullSpace must see every use of a trained weight, but {what}, and compiled code hides them. Give it "
-                "the module before it was compiled, or take MaskedSpace or DenseSpace."
+                f"FullSpace must see every use of a trained weight, but {what}, and compiled code hides them. Give it, "
+                "and call in the loss, the module before it was compiled, or take MaskedSpace or DenseSpace."
             )
-        fast = isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+        attention = module.self_attn if isinstance(module, nn.TransformerEncoderLayer) else module
+        fast = isinstance(attention, nn.MultiheadAttention) and attention.batch_first  # others have no such path
         if fast and torch.backends.mha.get_fastpath_enabled():
             raise ConfigError(
                 f"FullSpace must compute within a probe as outside of it, but {what}, whose fast path torch takes only "

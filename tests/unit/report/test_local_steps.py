@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from fedzo.errors import RunFolderError
 from fedzo.records.metrics import ClientRound, Round
 from fedzo.report.figures import draw_figures
-from fedzo.report.panels import MAX_PANELS, MAX_POINTS
+from fedzo.report.panels import MAX_PANELS, MAX_POINTS, Means, draw_client
 from fedzo.report.run_data import RunData, load_run
 from fedzo.report.style import BLUE, ORANGE
 
@@ -246,10 +246,18 @@ def test_the_lines_of_all_panels_are_means_of_equally_many_steps_and_the_legend_
     assert (min(thick), max(thick)) == (1, 299)
     assert {round(value, 9) for step, value in thick.items() if step > 25} == {1.04}
     for name, told in (
-        ("local_steps", ["|g|, mean of the last 25", "|g|, mean of 2 steps"]),
-        ("local_losses", ["mean of the last 25", "loss of a batch, mean of 2 steps"]),
+        ("local_steps", ["|g|, mean of the last 25", "|g|, mean of up to 2 steps"]),
+        ("local_losses", ["mean of the last 25", "loss of a batch, mean of up to 2 steps"]),
     ):
         assert [text.get_text() for text in pictures[name].figure.legends[0].get_texts()] == told
+
+
+def test_a_client_whose_steps_lie_in_one_block_is_seen() -> None:
+    axes = Figure().subplots()
+
+    draw_client(axes, [20, 21], [1.0, 3.0], [1.0, 3.0], colour=BLUE, means=Means(2, 25))
+
+    assert [(drawn.get_marker(), list(drawn.get_ydata())) for drawn in axes.lines] == [("o", [2.0]), ("o", [2.0])]
 
 
 def test_a_class_name_stays_text_and_within_its_panel(make_run: MakeRun) -> None:

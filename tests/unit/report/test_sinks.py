@@ -127,7 +127,7 @@ def test_a_run_without_test_rows_ends_with_its_worst_client_whom_it_flagged_and_
     summary = records(make_run())[-1]
     assert isinstance(summary, Summary)
 
-    lines = ending(replace(summary, before=None, after=None, step_policy=step_policy))
+    lines = ending(replace(summary, before=None, after=None, step_policy=step_policy), has_dev=True)
 
     assert lines[0] == "after 10 rounds:"
     assert [line[2:34].rstrip() for line in lines[1:]] == [
@@ -143,7 +143,7 @@ def test_the_rows_of_the_worst_client_are_counted_where_the_run_tells_them(make_
     assert isinstance(summary, Summary)
     assert summary.worst_client is not None
 
-    lines = ending(replace(summary, worst_client=replace(summary.worst_client, num_examples=13)))
+    lines = ending(replace(summary, worst_client=replace(summary.worst_client, num_examples=13)), has_dev=True)
 
     assert any("0.500 (client 0, on 13 own rows after round 10)" in line for line in lines)
 
@@ -156,7 +156,7 @@ def test_a_run_ends_with_what_its_evaluator_reports_beside_the_value(make_run: M
     before = replace(summary.before, numbers={"exact_match": 0.125})
     after = replace(summary.after, numbers={"exact_match": 0.25, "later": 1.0})
 
-    lines = ending(replace(summary, before=before, after=after))
+    lines = ending(replace(summary, before=before, after=after), has_dev=True)
 
     assert any(line.split() == ["exact_match", "0.125", "->", "0.250"] for line in lines)
     assert not any("later" in line for line in lines)  # with nothing before to compare it with

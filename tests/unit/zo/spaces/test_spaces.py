@@ -263,10 +263,20 @@ def traced(layer: nn.Module) -> nn.Module:
     return torch.jit.trace(layer, torch.ones(2, 3))
 
 
+def compiled_in_place(layer: nn.Module) -> nn.Module:
+    layer.compile()
+    return layer
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own, of what it gives up
 @pytest.mark.parametrize(
     ("compiled", "kind"),
-    [(scripted, "RecursiveScriptModule"), (traced, "TopLevelTracedModule"), (torch.compile, "OptimizedModule")],
+    [
+        (scripted, "RecursiveScriptModule"),
+        (traced, "TopLevelTracedModule"),
+        (torch.compile, "OptimizedModule"),
+        (compiled_in_place, "Linear"),
+    ],
 )
 def test_full_space_refuses_compiled_modules_that_hold_trained_weights(
     compiled: Callable[[nn.Module], nn.Module], kind: str
@@ -304,7 +314,8 @@ def test_full_space_refuses_attention_that_is_fast_outside_of_a_probe_only(fast_
     with pytest.raises(ConfigError, match=r"1\.layers\.0 is a TransformerEncoderLayer, .*fastpath_enabled\(False\)"):
         FullSpace(model)
     with pytest.raises(ConfigError, match="the model is a MultiheadAttention"):
-        FullSpace(nn.MultiheadAttention(8, 2))
+        FullSpace(nn.MultiheadAttention(8, 2, batch_first=True))
+    assert FullSpace(nn.MultiheadAttention(8, 2)).size > 0  # which has no such path
     assert FullSpace(model, parameters={"0.weight": model[0].weight}).size == 64
     fast = outputs()
     fast_path(False)
