@@ -209,7 +209,7 @@ def test_declared_dependencies_are_what_the_library_imports() -> None:
         normal({"hydra": "hydra-core", "yaml": "pyyaml", "google": "protobuf"}.get(name, name))
         for name in imported - sys.stdlib_module_names - {"fedzo"}
     }
-    by_another = {"accelerate", "gguf"}  # transformers imports them for us
+    by_another = {"accelerate", "gguf", "socksio"}  # transformers and httpx import them for us
     # behind extras, for those who test a plugin, or brought by CUDA builds of torch
     optional = {"ray", "joblib", "pytest", "torchao", "cuda", "triton", "optuna", "wandb", "mlflow"}
 

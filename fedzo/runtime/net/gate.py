@@ -61,8 +61,6 @@ URGENCY = {f"{FLEET}send-node-heartbeat": 0, POLL: 2}
 WIRE = "/fedzo/wire"
 """Of this machine alone, as JSON: a name of this start of the SuperLink, and the bytes that registered clients sent and
 got since then, up and down."""
-EVENT_BYTES = 512
-"""What each further part of a body takes beside its bytes."""
 MAX_BODY_BYTES = 16 << 20
 """Of one request; Flower cuts what is longer into chunks of 5 MB."""
 STRANGER_BODY_BYTES = 64 << 10
@@ -188,26 +186,27 @@ class Gate:
     async def _hear(
         self, asker: Asker, receive: Receive, most_bytes: int, take: Callable[[int], bool]
     ) -> list[Event] | None:
-        """A request's whole body; empty where there is no room for it.
+        """A request's whole body as one event, since parts of a byte would take more room; none where there is no room.
 
         None where it breaks off, or is too long, which need not have been declared.
         """
-        heard: list[Event] = []
+        body = bytearray()
         taken, more, has_room = 0, True, True
         while more:
             event = await receive()
-            taken += len(event.get("body", b""))
-            if has_room := has_room and take(taken + EVENT_BYTES * len(heard)):
-                heard.append(event)
+            part = event.get("body", b"")
+            taken += len(part)
+            if has_room := has_room and take(taken):
+                body += part
             else:  # heard out all the same: a node that still sends would not hear the answer
-                heard.clear()
+                body.clear()
                 take(0)
             if asker.name is not None:
-                self._up_bytes += len(event.get("body", b""))
+                self._up_bytes += len(part)
             if taken > most_bytes or event["type"] != "http.request":
                 return None
             more = bool(event.get("more_body"))
-        return heard
+        return [{"type": "http.request", "body": bytes(body)}] if has_room else []
 
     async def _pass_on(self, asker: Asker, scope: Scope, heard: list[Event], receive: Receive, send: Send) -> None:
         """Have the SuperLink answer in turn. A turn is over when the answer begins: a slow line costs nobody else."""

@@ -83,7 +83,7 @@ def test_of_few_jobs_all_are_named() -> None:
 
 def test_a_name_of_a_long_path_leaves_room_and_keeps_its_end() -> None:
     """A layout that collapses warns, which is an error here."""
-    path = "/home/somebody/" + "federated/reviews/" * 9
+    path = "/srv/somebody/" + "federated/reviews/" * 9
     jobs = [job(f"{path}version-{k}", 0.6 + k / 10, 4_000 * (1 + k)) for k in range(3)]
 
     pictures = drawn(jobs)
