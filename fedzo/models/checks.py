@@ -148,7 +148,7 @@ def check_causal(model: nn.Module, *, name: str) -> None:
 
 def num_positions(model: nn.Module) -> int | None:
     """Tokens of the longest text that the model has positions for; None where there is no limit."""
-    there = getattr(_text_config(model), "max_position_embeddings", None)
+    there = getattr(text_config(model), "max_position_embeddings", None)
     return there if isinstance(there, int) and there > 0 else None
 
 
@@ -158,7 +158,7 @@ def positions_alone(model: nn.Module) -> int | None:
     longrope has frequencies for short texts and others for long ones. transformers takes one of the two for a whole
     batch, by its longest text.
     """
-    rope = getattr(_text_config(model), "rope_parameters", None) or {}
+    rope = getattr(text_config(model), "rope_parameters", None) or {}
     kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # of each kind of layer, in some models
     ends: list[int | None] = [
         each.get("original_max_position_embeddings") for each in kinds if each.get("rope_type") == "longrope"
@@ -201,8 +201,9 @@ def said_by_both(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one.abs() < _MASKED) & (other.abs() < _MASKED)
 
 
-def _text_config(model: nn.Module) -> Any:
-    return cast(Any, model).config.get_text_config()  # of models that read images as well, the part for text
+def text_config(model: nn.Module) -> Any:
+    """The model's config; of a model that reads images as well, the part for text."""
+    return cast(Any, model).config.get_text_config()
 
 
 def _moved(model: nn.Module, text: int) -> float:

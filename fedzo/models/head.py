@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedzo.models.checks import mismatch, some_ids
+from fedzo.models.checks import mismatch, some_ids, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def _finish(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    config = cast(Any, model.config).get_text_config()  # of models that read images as well, the part for text
+    config = text_config(model)
     if isinstance(scale := getattr(config, "logit_scale", None), int | float):  # Cohere
         logits = logits * scale
     if isinstance(multiplier := getattr(config, "lm_head_multiplier", None), int | float):  # Falcon H1

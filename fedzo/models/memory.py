@@ -26,12 +26,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
+from fedzo.models.checks import text_config
 from fedzo.models.head import hidden_at
 from fedzo.models.loaded import LoadedModel
 from fedzo.sketch import sketched_layers, tables_of
@@ -78,7 +79,7 @@ def scratch_bytes(model: nn.Module, *, backward: bool = False) -> int:
 
 def state_bytes(model: nn.Module) -> int:
     """Bytes of one token's states between two blocks."""
-    return next(model.parameters()).element_size() * _hidden(_text_config(model))
+    return next(model.parameters()).element_size() * _hidden(text_config(model))
 
 
 def server_optimizer_bytes(space_size: int, num_moments: int) -> int:
@@ -112,7 +113,7 @@ def estimate_step_memory_bytes(
         Bytes.
     """
     width = next(model.parameters()).element_size()
-    config = _text_config(model)
+    config = text_config(model)
     activations = batch_tokens * width * (6 * _hidden(config) + 3 * _intermediate(config))
     if getattr(config, "_attn_implementation", None) == "eager":
         activations += 2 * 4 * _SEQUENCE_TOKENS * batch_tokens * _heads(config)
@@ -149,7 +150,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def cache_tokens(model: nn.Module) -> float:
     """Memory of one position's keys and values in all layers, in tokens of a forward without cache (same dtype)."""
-    config = _text_config(model)
+    config = text_config(model)
     heads = max(1, _heads(config))
     keys = int(getattr(config, "num_key_value_heads", None) or heads)
     width = int(getattr(config, "head_dim", None) or _hidden(config) // heads)
@@ -235,10 +236,6 @@ def _seconds_of(loaded: LoadedModel, rows: int) -> float:
 def _num_unpacked(parameter: nn.Parameter) -> int:
     state = getattr(parameter, "quant_state", None)  # of bitsandbytes, which packs two weights of 4 bits into a byte
     return parameter.numel() if state is None else int(math.prod(state.shape))
-
-
-def _text_config(model: nn.Module) -> Any:
-    return cast(Any, model.config).get_text_config()
 
 
 def _heads(config: Any) -> int:
