@@ -47,6 +47,8 @@ _LIBRARIES = (
 )
 _VERBOSITY_VARIABLES = ("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 _PACKAGE = Path(__file__).resolve().parent
+_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+"""How torch, its libraries and Triton say it in a plain RuntimeError; the last, as a rule, of a new cuBLAS handle."""
 
 
 def untold(done: int, total: int) -> None:
@@ -201,6 +203,17 @@ def package_problems() -> dict[str, str]:
             remedy = f"Run: pip install '{each.name}{each.specifier}'"
             found[each.name] = f"it must be {each.specifier}, got {installed or 'none'}. {remedy}"
     return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that memory could not be taken, on a GPU or elsewhere."""
+    import torch  # here, as in use_threads
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 @cache

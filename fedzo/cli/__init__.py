@@ -63,7 +63,7 @@ def _run(argv: Sequence[str] | None) -> int:
         print("\n".join([f"fedzo {arguments.command}: {error}", *problems]), file=sys.stderr)
         return BAD_INPUT
     except (MemoryError, RuntimeError) as error:
-        from fedzo.models.memory import is_out_of_memory
+        from fedzo.system import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

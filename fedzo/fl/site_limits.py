@@ -13,8 +13,8 @@ from fedzo.errors import FedzoError, OtherVersionError, ProtocolError
 from fedzo.evaluate.base import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
-from fedzo.models.memory import is_out_of_memory
 from fedzo.records.scores import MOST_LOSS, PartialScore, Score
+from fedzo.system import is_out_of_memory
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunConfig

@@ -31,7 +31,6 @@ from fedzo.models.digest import (
 )
 from fedzo.models.head import check_head
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.memory import is_out_of_memory
 from fedzo.models.sketched.folder import MANIFEST, check_tensors, read_manifest
 from fedzo.models.sketched.layers import stored_state
 from fedzo.models.source import (
@@ -45,6 +44,7 @@ from fedzo.models.source import (
     without_progress_bars,
 )
 from fedzo.sketch import sketched_layers
+from fedzo.system import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from torch import nn
 from fedzo.models.blocks import Reached, called_modules, find_blocks, first_trained_block
 from fedzo.models.checks import mismatch, some_ids
 from fedzo.models.kept_rows import Make, Output, Read, RowStates, Tokens
-from fedzo.models.memory import is_out_of_memory
+from fedzo.system import is_out_of_memory
 
 log = logging.getLogger(__name__)
 Forward = Callable[[torch.Tensor], torch.Tensor]

@@ -42,8 +42,6 @@ _UPDATE_VECTORS = 10
 _GRADIENT_VECTORS = 8  # start, theta, gradient, change, the local optimizer's two moments and scratch
 _SEQUENCE_TOKENS = 512
 _SHORT_TOKENS = 32
-_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-"""How torch, its libraries and Triton say it in a plain RuntimeError; the last, as a rule, of a new cuBLAS handle."""
 _TIMED_ROW = 32  # tokens
 _SHARE = 0.9  # of what is available: allocators keep some
 
@@ -137,15 +135,6 @@ def calibration_memory_bytes(model: nn.Module, *, num_tokens: int, available_byt
         model, batch_tokens=num_tokens, trained_bytes=largest, head_rows=num_tokens, backward=True
     )
     return _SHARE * available_bytes - (window - weights_bytes(model))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that memory could not be taken, on a GPU or elsewhere."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY):
-        return True
-    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def cache_tokens(model: nn.Module) -> float:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from fedzo.errors import ConfigError
 from fedzo.models.cache import read_only
 from fedzo.models.checks import mismatch, num_positions, some_ids
-from fedzo.models.memory import is_out_of_memory
+from fedzo.system import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel

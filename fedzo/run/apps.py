@@ -29,7 +29,7 @@ from fedzo.fl.messages import (
     encode,
 )
 from fedzo.fl.site_limits import SiteError, as_site_error
-from fedzo.models.memory import is_out_of_memory
+from fedzo.system import is_out_of_memory
 from fedzo.trainers.artifacts import ARTIFACTS
 
 CONFIG_KEY, RUN_DIR_KEY = "config", "run-dir"

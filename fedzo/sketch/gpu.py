@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from fedzo.system import is_out_of_memory
+
 if TYPE_CHECKING:
     from fedzo.sketch.triton_kernels import Kernels
 
@@ -87,7 +89,7 @@ def _checked_kernels(device: torch.device, dtype: torch.dtype, bits: int) -> Ker
         for num_columns in (69, 1029):  # one part, which adds the bias itself, and several
             _check(kernels, device, dtype, bits, num_columns)
     except Exception as error:  # whatever a compiler or driver raises: torch's path is slower, not wrong
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if is_out_of_memory(error):
             raise  # it says nothing of the kernels, and is not remembered: who asks again may find room
         said = "the GPU kernels for sketches cannot be used on %s with %s and codes of %d bits: %s"
         log.warning(said, device, dtype, bits, error)

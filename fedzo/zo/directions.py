@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedzo.system import is_out_of_memory
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions_cuda import CudaDirections, cuda_directions
 from fedzo.zo.kernels import SPAN, add_kernel, add_rows_kernel, dot_kernel, halves_kernel, make_words
@@ -176,7 +177,7 @@ def _checked_kernels(device: torch.device) -> CudaDirections | None:
             if not torch.equal(out, base + direction_at(key, coordinates, distribution=law) * scale):
                 raise RuntimeError(f"its {law} directions are not the specified ones")
     except Exception as error:  # whatever a compiler or driver raises: the integer path is slower, not wrong
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if is_out_of_memory(error):
             raise  # it says nothing of the kernels, and is not remembered: who asks again may find room
         log.warning(
             "the CUDA kernels for directions cannot be used on %s, so directions take many times longer: %s%s",

@@ -22,8 +22,9 @@ from fedzo.models import available
 from fedzo.models.available import Held, available_memory_bytes, held_bytes, mapped_bytes, most_memory_bytes
 from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.load import load_model
-from fedzo.models.memory import is_out_of_memory, weights_bytes
+from fedzo.models.memory import weights_bytes
 from fedzo.run import estimate
+from fedzo.system import is_out_of_memory
 from fedzo.testing.tiny_models import save_tiny_model, tiny_loaded
 from fedzo.testing.vector_space import VectorSpace
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fedzo.models.memory import is_out_of_memory
+from fedzo.system import is_out_of_memory
 
 CONTEXT = 77
 
