@@ -26,7 +26,6 @@ from fedzo.models.memory import (
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
     gradient_bytes,
-    is_out_of_memory,
     num_weights,
     scratch_bytes,
     server_optimizer_bytes,
@@ -35,6 +34,7 @@ from fedzo.models.memory import (
 )
 from fedzo.run import estimate
 from fedzo.sketch import tables_of
+from fedzo.system import is_out_of_memory
 from fedzo.testing.tiny_models import (
     FAMILIES,
     WITHOUT_ATTENTION,
