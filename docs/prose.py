@@ -1,7 +1,8 @@
 """Checks the language of the pages: ``python docs/prose.py``.
 
 A sentence has at most 30 words and names its own subject. A page begins with a paragraph: what it is for. A term of the
-glossary is a link to the glossary where a page uses it first, and what a page puts in italics is such a term.
+glossary is a link to the glossary where a page uses it first, and what a page puts in italics is such a term. A paper
+that is named by its number is a link to it.
 Lines, links and forbidden words are rumdl's (``pyproject.toml``), which has no rule for sentences.
 """
 
@@ -26,12 +27,14 @@ PAGES = (
     *DOCS,
     GLOSSARY,
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     *(ROOT / side / "README.md" for side in ("clients", "server")),
     *sorted((ROOT / "experiments").rglob("README.md")),
 )
 
 MAX_WORDS = 30
 TABLE = re.compile(r"<!-- table: .*?<!-- /table -->", re.DOTALL)  # docs/tables.py writes these
+PAPER = re.compile(r"arXiv \d{4}\.\d+")
 VERB = (
     "is|are|was|were|has|have|had|can|could|may|might|must|will|would|should|does|do|did|makes?|means?|gives?|takes?|"
     "needs?|holds?|costs?|keeps?|says?|shows?|works?|applies|apply|leaves?|lets?|happens?|goes|go|gets?"
@@ -91,19 +94,35 @@ def terms() -> list[str]:
     return re.findall(r"^### (.+)$", GLOSSARY.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
+def pieces(block: Block) -> list[tuple[str, str]]:
+    """The text of a block without its code, in pieces, each with the link that it stands in, or ""."""
+    found = [("", "")]
+    for child in block.token.children or []:
+        if child.type in ("link_open", "link_close"):
+            found.append(("", str(child.attrGet("href") or "")))
+        else:
+            text, link = found[-1]
+            more = child.content if child.type == "text" else " " if child.type == "softbreak" else "|"
+            found[-1] = (text + more, link)
+    return found
+
+
 def uses(block: Block, names: list[str]) -> Iterator[tuple[str, str]]:
     """Each term in the text of a block, the longest where two begin alike, with the link that it stands in, or ""."""
     longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     pattern = re.compile(rf"(?<![\w-])({longest_first})s?(?![\w-])", re.IGNORECASE)
     known = {name.lower(): name for name in names}
-    runs = [["", ""]]  # text, link
-    for child in block.token.children or []:
-        if child.type in ("link_open", "link_close"):
-            runs.append(["", str(child.attrGet("href") or "")])
-        else:
-            runs[-1][0] += child.content if child.type == "text" else " " if child.type == "softbreak" else "|"
-    for text, link in runs:
+    for text, link in pieces(block):
         yield from ((known[found[1].lower()], link) for found in pattern.finditer(text))
+
+
+def paper_faults(block: Block) -> Iterator[str]:
+    """Numbers of papers that are no links to them."""
+    for text, link in pieces(block):
+        for paper in PAPER.findall(text):
+            url = f"https://arxiv.org/abs/{paper.removeprefix('arXiv ')}"
+            if link != url:
+                yield f"a paper is a link: [{paper}]({url})"
 
 
 def term_faults(page: list[Block]) -> Iterator[tuple[int, str]]:
@@ -129,6 +148,8 @@ def faults(path: Path) -> Iterator[tuple[int, str]]:
     for block in page:
         if block.kind != "heading_open":
             yield from ((block.line, fault) for fault in sentence_faults(block))
+        if path != GENERATED:
+            yield from ((block.line, fault) for fault in paper_faults(block))
     if path in DOCS and path != GENERATED:
         yield from term_faults(page)
 

@@ -1,11 +1,11 @@
-"""Federated fine-tuning of language models with forward passes only."""
+"""Federated zeroth-order fine-tuning of language models: forward passes only, one number per probe."""
 
 from importlib import import_module
 from typing import Any
 
 from wrapt import when_imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 @when_imported("transformers.quantizers.auto")

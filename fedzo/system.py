@@ -22,7 +22,7 @@ import fedzo
 if TYPE_CHECKING:
     import torch
 
-MOST_THREADS = 1024  # with very many OpenMP ends the process without a word
+MAX_THREADS = 1024  # with very many OpenMP ends the process without a word
 COMMAND_ENV = "FEDZO_COMMAND"
 """Environment variable with the user's command (a JSON list), for processes that it starts."""
 SITE_ENV = "FEDZO_SITE"
@@ -51,7 +51,7 @@ _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_F
 """How torch, its libraries and Triton say it in a plain RuntimeError; the last, as a rule, of a new cuBLAS handle."""
 
 
-def untold(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     """The ``OnProgress`` of work that nobody watches."""
 
 
@@ -111,7 +111,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     import torch  # here, as in use_threads
 
     return {
-        "fedzo": fedzo.__version__,
+        "fedzo": code_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": usable_cpus(),
@@ -167,7 +167,7 @@ def default_threads() -> int:
     Ray tells its actors so how many CPUs they were given, and ``runtime=local`` tells its clients.
     """
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return min(int(first), MOST_THREADS) if first.isdecimal() and int(first) > 0 else usable_cpus()
+    return min(int(first), MAX_THREADS) if first.isdecimal() and int(first) > 0 else usable_cpus()
 
 
 def use_threads(count: int) -> None:

@@ -78,6 +78,26 @@ def threads_are_those_of_the_machine() -> None:
 
 
 @pytest.fixture
+def given_by_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[Path]]:
+    """Root works in a folder of another user: call it, and it gives what in there has been given to that user."""
+    is_root, give = os.geteuid() == 0, os.fchown
+    inodes: set[int] = set()
+    if is_root:
+        os.chown(tmp_path, 1001, 1002)
+    owner = tmp_path.stat().st_uid, tmp_path.stat().st_gid
+
+    def gives(opened: int, *to: int) -> None:
+        if to == owner:
+            inodes.add(os.fstat(opened).st_ino)
+        if is_root:
+            give(opened, *to)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", gives)
+    return lambda: {path for path in tmp_path.rglob("*") if path.stat().st_ino in inodes}
+
+
+@pytest.fixture
 def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """In the place of CUDA graphs, work that is done again, its result where the first one was; what was recorded."""
     from functools import partial

@@ -48,7 +48,7 @@ from fedzo.runtime.net._flower_http import RunNotRunningException
 from fedzo.runtime.net.addresses import free_ports
 from fedzo.runtime.net.client_folder import KEY, ClientFolder, Invitation
 from fedzo.runtime.net.daemons import NODE_LEASE_S, SUPERNODE_POLL_S
-from fedzo.runtime.net.parts import environment, register_clients, start_superlink, wait_for_superlink
+from fedzo.runtime.net.launch import environment, register_clients, start_superlink, wait_for_superlink
 from fedzo.runtime.net.processes import Processes, watch_parent
 from fedzo.runtime.net.serve import serve
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
@@ -93,7 +93,7 @@ def run(folder: Path, nodes: int, rounds: int) -> tuple[list[float], int, float,
     invitation = Invitation(address=listening.address, authority=server.file("ca.crt").read_text())
     for index in range(nodes):
         node = ClientFolder.make(folder / f"node-{index}", address=listening.address, site="", invitation=invitation)
-        server.add_client(f"node-{index}", index=index, key=node.public_key)
+        server.registry.add(f"node-{index}", index=index, key=node.public_key)
     seconds: list[float] = []
     told: dict[str, float] = {}
     app = ServerApp()

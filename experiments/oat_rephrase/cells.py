@@ -32,7 +32,6 @@ from fedzo.models.forwards import Planning
 from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import candidate_scores, choice_losses, example_losses, mean_loss
-from fedzo.records.folder import SITE_FILE
 from fedzo.run.process import forget_process
 from fedzo.run.start import open_run
 from fedzo.system import environment, use_threads
@@ -257,7 +256,7 @@ def run_here(config: LaunchConfig, run_dir: Path) -> LoadedModel:
     """A run in this process; its model as the last round left it, since there is no dev row to choose another by."""
     with RunStore(run_dir) as store:
         process = open_run(config, run_dir, store)
-        launch(config, process, run_dir, site_file=run_dir / SITE_FILE)
+        launch(config, process, run_dir)
         forget_process()
     return process.peer.loaded
 

@@ -34,7 +34,7 @@ RUNS = Path("runs/peers")
 RESULTS = HERE / "results.json"
 SEEDS = (0, 1, 2)
 LADDER = 2.0  # between neighbouring learning rates
-MOST_RATES = 9  # a method that learns nothing at any rate would climb for ever
+MAX_RATES = 9  # a method that learns nothing at any rate would climb for ever
 TRAINING_S = 180.0
 NUM_TRAIN = {"rotten_tomatoes": 1024, "sst2": 1000}
 TASKS = {
@@ -113,7 +113,7 @@ def tune(task: str, name: str) -> float:
             run(task, name, rate, 0)
         losses = tables.ladder(known(), task, name)
         best = min(losses, key=losses.__getitem__)
-        if min(losses) < best < max(losses) or len(losses) >= MOST_RATES:
+        if min(losses) < best < max(losses) or len(losses) >= MAX_RATES:
             return best
         rates = [best / LADDER if best == min(losses) else best * LADDER]
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, ran_with
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/quickstart-tried")
@@ -42,7 +42,7 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:  # runs of one thread each
         for name, folder in zip(TRIED, pool.map(run, range(len(TRIED)), TRIED.values()), strict=True):
             found = best(folder)
-            claims.environment = measured_in([{"environment": json.loads((folder / "environment.json").read_text())}])
+            claims.environment = ran_with(folder)
             claims.add(f"{name}: accuracy", found["value"], "share")
             claims.add(f"{name}: at the best threshold", found["best_threshold_accuracy"], "share")
             claims.add(f"{name}: AUC", found["auc"], "area")

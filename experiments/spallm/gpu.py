@@ -30,7 +30,7 @@ from fedzo.models.sketched.layers import replace_layers
 from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
 from fedzo.sketch import SketchLinear, TableSpace, decode, sketched_layers
 from fedzo.sketch.gpu import DTYPES, FUSED_TOKENS, kernels_for
-from fedzo.system import environment, untold
+from fedzo.system import environment, no_progress
 from fedzo.zo.directions import add_direction, stream_key
 from fedzo.zo.estimator import TwoPointConfig, build_estimator
 from fedzo.zo.log import apply_steps
@@ -170,7 +170,7 @@ def step() -> Result:
     works = bench.contestants()
     works[OURS]()
     peak = measure_peak_bytes(works[OURS], CUDA)
-    result = bench_step(bench, repeats=7, on_repeat=untold)
+    result = bench_step(bench, repeats=7, on_repeat=no_progress)
     (figure,) = (each for each in result["figures"] if each["name"] == OURS)
     figure["peak_bytes"] = peak
     return result

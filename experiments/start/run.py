@@ -27,7 +27,7 @@ from fedzo.bench.claims import Claims
 
 HERE = Path(__file__).parent
 REPEATS = 3
-MOST_SHOWN = 12
+MAX_SHOWN = 12
 POLL_S = 0.005
 LOADING = (
     "import time\n"
@@ -62,7 +62,7 @@ def main() -> None:
     claims.add(f"{what}, less loading alone", rest, "s", at_most=6.0)
     claims.add("imports, all", median(sum(each.values()) for each in imports), "s")
     medians = Counter({name: median(each[name] for each in imports) for name in set().union(*imports)})
-    for name, seconds in medians.most_common(MOST_SHOWN):
+    for name, seconds in medians.most_common(MAX_SHOWN):
         claims.add(f"imports, modules of {name}", seconds, "s")
     claims.show()
     claims.write(HERE / "claims.json")

@@ -34,7 +34,7 @@ def ran_with(run_dir: Path, *varied: str) -> dict[str, Any]:
         reduce(getitem, sections, agreed).pop(name, None)
     digest = hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()
     told: dict[str, Any] = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
-    own = ("command", "config_hash")  # of this run alone; a command's words may hold paths of the machine
+    own = ("command", "config_hash", "run_id")  # of this run alone; a command's words may hold paths of the machine
     return {**{key: value for key, value in told.items() if key not in own}, "settings": digest[:12]}
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import psutil
 import torch
 
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 
 Key = TypeVar("Key", bound=Hashable)
 WARM_UPS = 2
@@ -29,7 +29,7 @@ def interleaved(
     *,
     repeats: int,
     warm_ups: int = WARM_UPS,
-    on_repeat: OnProgress = untold,
+    on_repeat: OnProgress = no_progress,
 ) -> dict[Key, list[float]]:
     """Seconds of each repeat of each piece, after rounds that warm up caches and compilers.
 

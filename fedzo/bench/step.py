@@ -37,7 +37,7 @@ from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import example_losses
 from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_dense
 from fedzo.models.virtual_tokens import num_virtual_tokens
-from fedzo.run.peer import check_format, reused_layers, set_up_process, with_graphs
+from fedzo.run.peer import check_format, faster_forwards, set_up_process
 from fedzo.system import OnProgress, environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
@@ -191,8 +191,9 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]
     candidates = ((order[0],), (order[1],))
     examples = [Example(prompt=prompt, candidates=candidates, label=0) for prompt in prompts]
-    lower = reused_layers(loaded, built.space, config.model, estimator)
-    loaded, lower = with_graphs(loaded, lower, config.model, estimator, longest=max(tokens, config.task.max_length))
+    loaded, lower = faster_forwards(
+        loaded, built.space, config.model, estimator, longest=max(tokens, config.task.max_length)
+    )
     return Bench(
         loaded=loaded,
         space=built.space,

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import io
 import os
 import signal
-import stat
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
 
 import fedzo
 from fedzo.cli.arguments import Handler
-from fedzo.cli.commands import add_machine_commands, add_run_commands
 from fedzo.cli.models import add_model_commands
+from fedzo.cli.output import forgiving_output
+from fedzo.cli.runs import add_machine_commands, add_run_commands
 from fedzo.cli.sites import add_site_commands
 from fedzo.errors import ConfigError, FedzoError, printable, shell, without_escapes
 from fedzo.system import keep_loopback_direct, package_problems, quiet_libraries
@@ -77,67 +73,6 @@ def _run(argv: Sequence[str] | None) -> int:
         hint = f" Continue with: {command}" if arguments.resumable and command else ""
         print(f"\nfedzo: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
-
-
-class Output:
-    """Standard output that no command fails for: what a terminal cannot show is replaced, what nobody reads is lost.
-
-    A run goes on when its output ends in a pipe that was closed (``| head``) or at a terminal that is gone. Other
-    failures, such as a full disk, are told once, and the command ends with 1.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.lost = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """As a stream's."""
-        try:
-            self._stream.write(text)
-        except OSError as error:
-            self._drop(error)
-        return len(text)
-
-    def flush(self) -> None:
-        """As a stream's."""
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._drop(error)
-
-    def _drop(self, error: OSError) -> None:
-        opened = self._stream.fileno()
-        hung_up = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(opened).st_mode)
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), opened)
-        if not (hung_up or isinstance(error, BrokenPipeError)):
-            self.lost = True
-            told = f"fedzo: standard output must be writable, got {error.strerror}. Write elsewhere."
-            with suppress(OSError):  # it may lead to the same place
-                print(told, file=sys.stderr)
-
-
-@contextmanager
-def forgiving_output() -> Iterator[Output]:
-    """Let ``Output`` stand for standard output."""
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        given = sys.stdout
-        stream: Any = given or nowhere  # None where it was closed before the start
-        output, before = Output(stream), getattr(stream, "errors", None)
-        strict = before in {"strict", "surrogateescape"} and isinstance(stream, io.TextIOWrapper)
-        if strict:
-            stream.reconfigure(errors="replace")
-        sys.stdout = output
-        try:
-            yield output
-        finally:
-            output.flush()
-            sys.stdout = given
-            if strict:
-                stream.reconfigure(errors=before)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from argparse import SUPPRESS, Namespace
 from pathlib import Path
 
 from fedzo.cli.arguments import AddCommand, add_overrides, load_config, whole_number
-from fedzo.cli.commands import print_json, print_lines
+from fedzo.cli.output import print_json, print_lines
 from fedzo.cli.rephrase import add_rephrase
 from fedzo.errors import ConfigError
 

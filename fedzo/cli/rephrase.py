@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from fedzo.cli.arguments import AddCommand, add_overrides, load_config, whole_number
-from fedzo.cli.commands import print_lines
+from fedzo.cli.output import print_lines
 from fedzo.errors import ConfigError
 
 _PARTS = {"judge-test": 0, "bootstrap": 0, "import": 1}

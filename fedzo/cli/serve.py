@@ -11,7 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from fedzo.cli import INTERRUPTED, forgiving_output
+from fedzo.cli import INTERRUPTED
+from fedzo.cli.output import forgiving_output
 from fedzo.cli.train import log_to
 from fedzo.errors import FedzoError, shell
 from fedzo.system import quiet_libraries

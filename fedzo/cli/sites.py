@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fedzo.cli.arguments import AddCommand, add_run, run_folder, whole_number
-from fedzo.cli.commands import print_lines
+from fedzo.cli.output import print_lines
 
 CERTIFICATE_DAYS = 365
 _PORT, _INDEX, _DAYS = whole_number(1, 65535), whole_number(0, 0xFFFFFFFD), whole_number(1, 3650)
@@ -19,8 +19,12 @@ def add_site_commands(add: AddCommand) -> None:
     _add_server(add("server", server, "set up or run the server of a federation of sites"))
     _add_client(add("client", client, "set up or run a site (client) of a federation"))
 
-    own = add("status", status, "show the state of a server or of a run")
-    own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="server or run folder (default: this folder)")
+    own = add("status", status, "show the state of a server, a site or a run")
+    own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="folder of one of them (default: this folder)")
+    own.epilog = (
+        "Exit code 1: the SuperLink or the site is down, the certificate must be renewed, the site is not connected, "
+        "or nobody works on a run that is not finished."
+    )
 
     own = add("stop", stop, "stop a run after its current round")
     add_run(own)
@@ -38,7 +42,7 @@ def _add_server(parser: ArgumentParser) -> None:
     own.add_argument("--control-port", type=_PORT, default=8444, help="port for this machine (default: 8444)")
     _add_days(own)
 
-    own = add("add-client", "register a client by its key and its index in a run")
+    own = add("add-client", "register a client by its key and its index in a run, or move it to another index")
     own.add_argument("name", metavar="NAME", help="client name: letters, digits and . _ -")
     own.add_argument("--index", type=_INDEX, help="client index in a run, from 0 (default: the lowest free one)")
     own.add_argument("--key", metavar="KEY", help="the site's public key, or a file with it (default: make a key here)")
@@ -104,11 +108,18 @@ def client(arguments: Namespace) -> None:
     print_lines(commands.init(path, server=arguments.server, invitation=files[0], authority=files[1]))
 
 
-def status(arguments: Namespace) -> None:
-    """``fedzo status``."""
+def status(arguments: Namespace) -> int:
+    """``fedzo status``; 1 where something is wrong."""
     from fedzo.commands.status import status as lines_of
 
-    print_lines(lines_of(Path(arguments.dir)))
+    is_well = False
+
+    def lines() -> Iterator[str]:
+        nonlocal is_well
+        is_well = yield from lines_of(Path(arguments.dir))
+
+    print_lines(lines())
+    return 0 if is_well else 1
 
 
 def stop(arguments: Namespace) -> None:

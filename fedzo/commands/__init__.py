@@ -1,1 +1,1 @@
-"""What the commands do with runs: start, resume, replay, use."""
+"""What the commands do: with runs, with models, and with the folders of a server and its sites."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from fedzo.commands.server import IMAGE, fill, template
 from fedzo.errors import ConfigError, printable, shell, without_escapes
-from fedzo.records.folder import folder_of_one_process, replace_file
+from fedzo.records.folder import folder_of_one_process, is_locked, replace_file
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
 from fedzo.runtime.net.credentials import keep_private, plain_pem
-from fedzo.runtime.net.daemons import CONNECTED, HEARD, REFUSED, SILENT
-from fedzo.runtime.net.processes import Processes, Tail
+from fedzo.runtime.net.daemons import CONNECTED, HEARD, LATE, REFUSED, SILENT, STARTED
+from fedzo.runtime.net.processes import COLOURS, Processes, Tail
 
 SERVICES = {
     "fedzo-client.service": "fedzo-client.service",
@@ -20,6 +23,10 @@ SERVICES = {
     "compose.yaml": "client-compose.yaml",
 } | IMAGE
 LOOK_S = 0.5
+MAX_SHOWN = 5  # lines of a site's log
+NO_LOCKS = "the file system has no locks"
+LOST = re.compile(r"Failed to (send|receive) message \w+: (.*)")
+"""How a SuperNode tells that it gave a message up. The server waits for the reply until the round's deadline."""
 
 
 def init(path: Path, *, server: str | None, invitation: Path | None, authority: Path | None) -> Iterator[str]:
@@ -31,6 +38,8 @@ def init(path: Path, *, server: str | None, invitation: Path | None, authority: 
         invitation: File that the server handed over.
         authority: File with the server's certificate authority, where there is no invitation.
     """
+    if invitation and authority:
+        raise ConfigError("--ca must not be given beside --invitation, which holds the authority. Leave --ca out.")
     invited = read_invitation(invitation) if invitation else None
     address = server or (invited.address if invited else None)
     if address is None:
@@ -64,11 +73,11 @@ def up(folder: ClientFolder) -> Iterator[str]:
         ConfigError: The folder is not whole, or the site file is wrong.
     """
     from fedzo.config.travel import load_site  # here, since it takes seconds that `fedzo client init` need not take
-    from fedzo.runtime.net.parts import Site, environment, start_site
+    from fedzo.runtime.net.launch import Site, environment, start_executor, start_supernode
 
     folder.check()
     _make_plain(folder.file(AUTHORITY))
-    step_limit_s = load_site(folder.file(SITE)).limits.step_limit_s
+    own = load_site(folder.file(SITE))
     variables = {**environment(), "FLWR_HOME": str(folder.file("flower").resolve())}
     log_file = folder.file("logs").resolve() / "site.log"
     with (
@@ -77,17 +86,67 @@ def up(folder: ClientFolder) -> Iterator[str]:
     ):
         if told := keep_private(folder.file("logs")):  # they may name rows
             yield told
-        site_file = folder.file(SITE).resolve()
-        start_site(processes, Site(folder=folder, site_file=site_file, log_file=log_file, step_limit_s=step_limit_s))
+        site_file, limit_s = folder.file(SITE).resolve(), own.limits.step_limit_s
+        site = Site(folder=folder, site_file=site_file, log_file=log_file, step_limit_s=limit_s)
+        start_executor(processes, site)
+        start_supernode(processes, site)
         yield f"SuperNode and executor started for {folder.address}, logs in {folder.file('logs')}"
-        supernode, site = Tail(processes.log_path("supernode")), Tail(log_file)
+        supernode, site_log = Tail(processes.log_path("supernode")), Tail(log_file)
         words = _Words(folder.address)
+        if told := _lack_of_rows(own.data.path):
+            yield f"a run that needs this site's rows will be refused: {told}"
         while True:
             processes.check()
             for line in supernode.new():
                 yield from map(printable, words.of(line))  # some of it are the server's words
-            yield from map(without_escapes, site.new())
+            yield from map(without_escapes, site_log.new())
             time.sleep(LOOK_S)
+
+
+def _lack_of_rows(path: str | None) -> str:
+    """Why there are no rows where a site's file says, if so. They may come before a run does."""
+    from fedzo.data.sources import own_files  # here, as in ``up``
+
+    if path is None:
+        return f"data.path of {SITE} must name their file"
+    try:
+        own_files(path)
+    except (ConfigError, OSError) as error:  # the latter of a disk
+        return without_escapes(error)
+    return ""
+
+
+def status(folder: ClientFolder) -> Generator[str, None, bool]:
+    """Whether a site is up and connected, and the end of its log; yields lines for people.
+
+    Returns:
+        Whether it is, as far as anybody can know.
+
+    Raises:
+        ConfigError: The folder is not whole.
+    """
+    folder.check()
+    is_up, words, logs = is_locked(folder.path), _Words(folder.address), folder.file("logs")
+    going = {True: "up", False: "down", None: f"perhaps up ({NO_LOCKS})"}
+    yield f"site of {folder.address}: {going[is_up]}"
+    if is_up is not False:
+        for line in _lines(logs / "supernode.log"):
+            for _ in words.of(line):
+                pass
+        unknown = f"connected or not: {logs / 'supernode.log'} does not say"
+        yield printable(words.connection) or unknown
+    site_log = logs / "site.log"
+    if last := deque(_lines(site_log), maxlen=MAX_SHOWN):
+        yield f"the end of {site_log}:"
+        yield from map(without_escapes, last)
+    return is_up is not False and words.is_connected is not False
+
+
+def _lines(log: Path) -> Iterator[str]:
+    """The lines of a log, which may be long, or not be there."""
+    with suppress(FileNotFoundError), log.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            yield COLOURS.sub("", line)
 
 
 class _Words:
@@ -95,25 +154,43 @@ class _Words:
 
     Args:
         address: Of the server.
+
+    Attributes:
+        connection: What the last line said that tells of the connection; empty until one does.
+        is_connected: Whether the site was connected by that line; None until there is one.
     """
 
     def __init__(self, address: str) -> None:
+        self.connection = ""
+        self.is_connected: bool | None = None
         self._address = address
         self._reason_is_next = False
 
     def of(self, line: str) -> Iterator[str]:
         """What the next line says, if anything."""
         if self._reason_is_next:  # with a code in front it is the server's word
-            yield f"{REFUSED if line.startswith('[code:') else 'cannot connect'}: {line.strip()}"
+            who = REFUSED if line.startswith("[code:") else "cannot connect"
+            yield self._now(f"{who}: {line.strip()}", is_connected=False)
+        elif STARTED in line:
+            if self.is_connected is not False:  # else why it was not tells more
+                self.connection, self.is_connected = f"connecting to {self._address}", False
         elif CONNECTED in line:
-            yield f"connected to {self._address}"
+            yield self._now(f"connected to {self._address}", is_connected=True)
         elif REFUSED in line:
-            yield line[line.index(REFUSED) :].strip()
+            yield self._now(line[line.index(REFUSED) :].strip(), is_connected=LATE in line)
         elif SILENT in line:
-            yield f"{self._address} does not answer{line.partition(SILENT)[2].rstrip()}; retrying"
+            why = line.partition(SILENT)[2].rstrip()
+            yield self._now(f"{self._address} does not answer{why}; retrying", is_connected=False)
         elif HEARD in line:
-            yield f"{self._address} answers again"
+            yield self._now(f"{self._address} answers again", is_connected=True)
+        elif lost := LOST.search(line):
+            what = "reply to the server" if lost[1] == "send" else "request of the server"
+            yield f"a {what} is lost: {lost[2].strip()}"
         self._reason_is_next = "Failed to initialize" in line
+
+    def _now(self, told: str, *, is_connected: bool) -> str:
+        self.connection, self.is_connected = told, is_connected
+        return told
 
 
 def _make_plain(authority: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import glob
 import os
 import platform
 import ssl
@@ -17,17 +16,18 @@ import torch
 
 from fedzo.config.schema import SiteFile
 from fedzo.config.travel import load_site
-from fedzo.data.sources import read_own
+from fedzo.data.sources import own_files, read_own
 from fedzo.errors import ConfigError, FedzoError, printable, shell
 from fedzo.models.available import available_memory_bytes, held_bytes, mapped_bytes, ways_to_fit
 from fedzo.models.load import load_model, resolve_device
 from fedzo.models.memory import weights_bytes
 from fedzo.models.source import find_source
+from fedzo.records.folder import is_locked
 from fedzo.report.format import bytes_text
 from fedzo.runtime.net.addresses import accepts, split_address
 from fedzo.runtime.net.client_folder import AUTHORITY, KEY, SECRET, SITE, ClientFolder
 from fedzo.runtime.net.credentials import FEW_DAYS, is_private, is_signed_by, plain_pem, read_certificate
-from fedzo.runtime.net.parts import listening_problem
+from fedzo.runtime.net.launch import listening_problem
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.system import PACKAGES, code_version, default_threads, device_text, package_problems, package_version
 from fedzo.zo.config import Distribution
@@ -64,29 +64,21 @@ def _server_checks(folder: ServerFolder) -> Iterator[Check]:
     secrets = [folder.file(name) for name in ("ca.key", "server.key", "secret", "superlink.db")]
     yield from _private([file for file in secrets if file.exists()])
     yield from _logs(folder.file("logs"))
-    here = shell("--dir", folder.path)
     listening, certificate = folder.listening, read_certificate(folder.file("server.crt"))
-    good = certificate.days_left > FEW_DAYS
-    yield (
-        "certificate",
-        good,
-        f"valid for {certificate.days_left:.0f} days" + ("" if good else f". `fedzo server renew {here}`"),
-    )
+    days, renew = certificate.days_left, shell("fedzo server renew --dir", folder.path)
+    yield _check("certificate", days > FEW_DAYS, f"valid for {days:.0f} days", f". `{renew}`")
     host = split_address(listening.address)[0]
-    good = host in certificate.names
-    names = ", ".join(certificate.names)
-    remedy = " ".join(f"--host {name}" for name in (host, *certificate.names))
-    yield "name", good, f"{host}" + ("" if good else f" is none of {names}. `fedzo server renew {here} {remedy}`")
+    names, hosts = ", ".join(certificate.names), " ".join(f"--host {name}" for name in (host, *certificate.names))
+    yield _check("name", certificate.covers(host), host, f" is none of {names}. `{renew} {hosts}`")
     signed = is_signed_by(folder.file("server.crt"), folder.file("ca.crt"))
-    yield "authority", signed, "signs the certificate" if signed else f"does not sign it. `fedzo server renew {here}`"
+    yield "authority", signed, "signs the certificate" if signed else f"does not sign it. `{renew}`"
     up = accepts(listening.control)
-    start = "" if up else f" is silent. `{shell('fedzo server up', folder.path)}`"
-    yield "SuperLink", up, f"{listening.control}{start}"
+    yield _check("SuperLink", up, listening.control, f" is silent. `{shell('fedzo server up', folder.path)}`")
     if not up:
         taken = listening_problem(folder)
         yield "ports", not taken, taken or f"{listening.listen} and {listening.control} are free"
-    count = len(folder.clients)
-    yield "clients", count > 0, f"{count} registered" + ("" if count else f". `fedzo server add-client NAME {here}`")
+    count, register = len(folder.registry.clients), shell("fedzo server add-client NAME --dir", folder.path)
+    yield _check("clients", count > 0, f"{count} registered", f". `{register}`")
     yield _proxies()
 
 
@@ -100,12 +92,16 @@ def _client_checks(folder: ClientFolder) -> Iterator[Check]:
     yield from _private([folder.file(KEY), folder.file(SECRET)])
     yield from _logs(folder.file("logs"))
     days = read_certificate(folder.file(AUTHORITY)).days_left
-    good = days > FEW_DAYS
-    yield "authority", good, f"valid for {days:.0f} days" + ("" if good else f". Ask the server for a new {AUTHORITY}")
+    yield _check("authority", days > FEW_DAYS, f"valid for {days:.0f} days", f". Ask the server for a new {AUTHORITY}")
     yield (proxy := _proxies())
     if proxy[1]:
         yield from _server_seen(folder)
     yield _rows(site.data.path)
+    if is_locked(folder.path):
+        see = shell("fedzo status", folder.path)
+        skipped = "device, directions, CUDA kernels, memory, model and tokenizer"
+        yield "not checked", True, f"{skipped}, for the site is up and needs the memory: `{see}`"
+        return
     yield from _model(site)
 
 
@@ -113,10 +109,8 @@ def _rows(path: str | None) -> Check:
     """Whether the site's rows can be read, and what they are; the task of a run says later which columns it needs."""
     if path is None:
         return "rows", False, f"data.path of {SITE} must name their file"
-    pattern = Path("*".join(glob.escape(part) for part in path.split("{client}")))
-    files = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
     try:
-        rows = [row for file in files or [Path(path)] for _, row in read_own(file)]
+        rows = [row for file in own_files(path) for _, row in read_own(file)]
     except ConfigError as error:
         return "rows", False, str(error)
     return "rows", True, f"{len(rows)} rows with {printable(', '.join(rows[0]))}"
@@ -153,8 +147,8 @@ def _model(site: SiteFile) -> Iterator[Check]:
     left = max(0, left - mapped_bytes()) if device.type == "cpu" else left
     yield "memory", True, f"the weights take {bytes_text(taken)}, {bytes_text(left)} are left beside them"
     digest, allowed = loaded.base_digest, site.limits.base_digest
-    good = not allowed or digest == allowed
-    yield "model", good, f"SHA-256 {digest}" + ("" if good else f", but limits.base_digest of {SITE} is {allowed}")
+    otherwise = f", but limits.base_digest of {SITE} is {allowed}"
+    yield _check("model", not allowed or digest == allowed, f"SHA-256 {digest}", otherwise)
     yield "tokenizer", True, f"SHA-256 {loaded.tokenizer_digest}"
 
 
@@ -198,11 +192,15 @@ def _server_seen(folder: ClientFolder) -> Iterator[Check]:
         yield "server", False, f"{folder.address}: {error}. {remedy}"
         return
     yield "server", True, f"{folder.address} answers, with a certificate of {AUTHORITY}"
-    told = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
-    if told is not None:
-        behind = told - time.time()
-        good = -4.0 < behind < 300.0
-        yield "clock", good, f"{abs(behind):.0f} s off the server's" + ("" if good else ". Set this machine's clock")
+    if (told := email.utils.parsedate_tz(answer.headers.get("date", ""))) is not None:
+        behind = email.utils.mktime_tz(told) - time.time()
+        off = f"{abs(behind):.0f} s off the server's"
+        yield _check("clock", -4.0 < behind < 300.0, off, ". One of the two clocks is wrong: set that one")
+
+
+def _check(name: str, good: bool, told: str, otherwise: str) -> Check:
+    """A check that tells the same either way, and ``otherwise`` behind it where it is not good."""
+    return name, good, told if good else told + otherwise
 
 
 def _private(files: list[Path]) -> Iterator[Check]:
@@ -231,7 +229,7 @@ def _proxies() -> Check:
     return "proxy", True, f"{found}: used for traffic to other machines" if found else "none in the environment"
 
 
-def doctor() -> list[tuple[str, bool, str]]:
+def doctor() -> list[Check]:
     """Whether this machine can take part: versions, devices, and directions against their golden key."""
     checks = [("python", sys.version_info >= (3, 11), platform.python_version()), ("fedzo", True, code_version())]
     problems = package_problems()

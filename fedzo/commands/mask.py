@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def make_mask(config: LaunchConfig, out: Path) -> dict[str, Any]:
     workplace = Workplace(
         folder=out.parent,
         seed=config.seed,
-        texts=calibration_texts(row_source(config, site)),
+        texts=partial(calibration_texts, row_source(config, site)),
         inputs=config.inputs,
     )
     loaded = open_model(site, config.task.max_length)

@@ -29,7 +29,7 @@ from fedzo.data.preprocess.rephrase.manifest import Used, count_names
 from fedzo.data.preprocess.rephrase.rephraser import OTHER_STORE, Rephraser, prompts_of, rewritten_by
 from fedzo.data.preprocess.rephrase.results import apply_outcomes, row_digest
 from fedzo.data.preprocess.rephrase.tasks import usual_column
-from fedzo.data.preprocess.rephrase.words import is_utf8
+from fedzo.data.words import is_utf8
 from fedzo.errors import ConfigError, FedzoError, printable
 from fedzo.records.folder import replace_file
 from fedzo.records.rephrase import RowOutcome
@@ -158,7 +158,7 @@ def judge_test(work: Work, *, pairs: int | None) -> Iterator[str]:
     most = work.rephraser.config.gate_pairs if pairs is None else pairs
     with _progress(work, "asking the judge") as told:
         found = work.rephraser.test_judge(work.rows, most=most, on_progress=told)
-    file = keep(found, work.rephraser.folder, least_pairs=work.rephraser.config.gate_pairs)
+    file = keep(found, work.rephraser.folder, min_pairs=work.rephraser.config.gate_pairs)
     yield from judge_test_lines(found)
     yield from _said(work.rephraser)
     if few := few_pairs(found, work.rephraser.config):

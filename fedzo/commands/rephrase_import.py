@@ -15,7 +15,7 @@ from fedzo.data.preprocess.rephrase.manifest import Used
 from fedzo.data.preprocess.rephrase.prompts import label_of
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
 from fedzo.data.preprocess.rephrase.results import row_digest
-from fedzo.data.preprocess.rephrase.words import is_utf8
+from fedzo.data.words import is_utf8
 from fedzo.errors import ConfigError
 from fedzo.records.rephrase import RowOutcome
 from fedzo.report.format import counted

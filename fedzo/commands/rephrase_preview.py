@@ -13,7 +13,7 @@ from fedzo.errors import printable
 from fedzo.report.format import counted
 
 _VERDICT_TOKENS = 20
-MOST_LINE = 100_000
+MAX_LINE = 100_000
 """Longest line of a prompt that is shown, in characters."""
 _UNASKED = {
     TOO_LONG: "the prompt and its answer are longer than rewriter.context_tokens or the model allows",
@@ -39,7 +39,7 @@ def dry_run(work: Work, number: int) -> Iterator[str]:
             for request in course.requests(row):
                 for message in request.messages:
                     yield f"[{message.role}]"
-                    yield from (printable(line, most=MOST_LINE) for line in message.content.splitlines())
+                    yield from (printable(line, most=MAX_LINE) for line in message.content.splitlines())
                 yield "-" * 60
         yield from _estimate(course, rephraser.rewriter, attempts, len(work.rows))
     yield f"prompts: preprocess.{STAGE}.prompt={prompts.digest}"
@@ -61,10 +61,10 @@ def _estimate(course: Course, rewriter: RewriterConfig, attempts: Sequence[Attem
         yield f"without a call: {counted(number, 'row')} ({_UNASKED[reason]})"
     first = prompts[0] + 2 * prompts[1], answers + (2 * _VERDICT_TOKENS * len(rows) if config.judged else 0)
     longer = rewriter.max_tokens * len(rows) * config.max_attempts if config.judged else 0
-    most_answers = len(rows) * (rewrites * rewriter.max_tokens + verdicts * course.judge_tokens)
+    max_answers = len(rows) * (rewrites * rewriter.max_tokens + verdicts * course.judge_tokens)
     for what, prompt, answer in (
         ("if each is accepted at once, about", *first),
-        ("at most", rewrites * prompts[0] + verdicts * prompts[1] + longer, most_answers),
+        ("at most", rewrites * prompts[0] + verdicts * prompts[1] + longer, max_answers),
     ):
         cost = f"{rewriter.cost(prompt, answer):.2f} by the prices"
         if not (rewriter.price_prompt or rewriter.price_answer):

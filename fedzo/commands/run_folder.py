@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator, uncompiled
+from fedzo.config.schema import LaunchConfig, RunConfig, uncompiled
 from fedzo.config.travel import from_json, to_json, to_yaml
-from fedzo.errors import ConfigError, RunFolderError
+from fedzo.errors import ConfigError, RunFolderError, printable
 from fedzo.fl.log_store import RunLog, best_round, has_begun
 from fedzo.fl.replica import Replica
-from fedzo.records.folder import CONFIG, CONFIG_YAML, OVERRIDES, read_file
+from fedzo.records.folder import CONFIG, CONFIG_YAML, ENVIRONMENT, OVERRIDES, read_file
+from fedzo.report.run_data import read_environment
 from fedzo.report.sinks import phase, replaying
 from fedzo.run.peer import Peer
 from fedzo.run.process import Process, open_process
 from fedzo.run.start import check_artifact, check_base, read_begun, read_text, write_whole
 from fedzo.trainers import Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact, ArtifactStore
+
+log = logging.getLogger(__name__)
+_DECISIVE = ("fedzo", "python", "device", "threads", "cpu_capability", "float32_matmul_precision")
+"""On what of an environment, beside the packages, the numbers of a run depend."""
 
 
 def read_launch(run_dir: Path) -> LaunchConfig:
@@ -50,6 +58,36 @@ def write_settings(config: LaunchConfig, run_dir: Path, overrides: list[str]) ->
     write_whole(run_dir / CONFIG, to_json(config))  # the last: without it the folder holds no run
 
 
+def keep_environment(run_dir: Path, now: Mapping[str, Any], *, round: int) -> None:
+    """Write down what a run is computed with. Where it goes on with something else, that is said, and kept beside it.
+
+    Args:
+        run_dir: The run folder.
+        now: The ``system.environment`` of this process, perhaps with more.
+        round: The first that is computed with it.
+
+    Raises:
+        RunFolderError: The file holds something else, or cannot be written.
+    """
+    if told := read_environment(run_dir):
+        before, later = _decisive(told), told.get("later", [])
+        for each in later:
+            before.update(each)
+        changed = {name: value for name, value in _decisive(now).items() if value != before.get(name)}
+        if not changed:
+            return
+        words = ", ".join(f"{name} {value} (before {before.get(name)})" for name, value in changed.items())
+        text = "run folder %s: from round %d on, the run is computed with %s. %s keeps both."
+        log.warning(text, run_dir, round, printable(words, most=1000), ENVIRONMENT)
+        now = {**told, "later": [*later, {"round": round, **changed}]}
+    write_whole(run_dir / ENVIRONMENT, json.dumps(now, indent=2))
+
+
+def _decisive(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an environment the numbers of a run depend on, each by its name."""
+    return {**{name: environment.get(name) for name in _DECISIVE}, **environment.get("packages", {})}
+
+
 def read_run(run_dir: Path) -> RunConfig:
     """What the peers of a run agreed on when it began."""
     read_launch(run_dir)  # says what is wrong with a folder of another version
@@ -74,7 +112,7 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
     config, site = read_run(run_dir), uncompiled(read_launch(run_dir).site())
     log = RunLog(run_dir)
     if rounds is None:
-        rounds = best_round(log, by=config.evaluation.best_by, evaluator=first_evaluator(config))
+        rounds = best_round(log, config)
     if not 0 <= rounds <= len(log.records):
         raise ConfigError(f"--rounds must be 0 to {len(log.records)}, the rounds done, got {rounds}.")
     process = open_process(config, site, site_folder=run_dir, artifacts=run_dir / ARTIFACTS)

@@ -16,7 +16,7 @@ from string import Template
 import httpx
 
 from fedzo.errors import ConfigError, shell
-from fedzo.records.folder import lock_file, replace_file
+from fedzo.records.folder import lock_file, make_folder, open_file, replace_file
 from fedzo.runtime.net.addresses import split_address
 from fedzo.runtime.net.client_folder import Invitation, read_invitation, write_invitation
 from fedzo.runtime.net.credentials import (
@@ -29,13 +29,15 @@ from fedzo.runtime.net.credentials import (
     read_certificate,
     write_private,
 )
+from fedzo.runtime.net.key_registry import RegisteredClient
 from fedzo.runtime.net.processes import Processes, Tail
-from fedzo.runtime.net.server_folder import Listening, RegisteredClient, ServerFolder
+from fedzo.runtime.net.server_folder import Listening, ServerFolder
 
 log = logging.getLogger(__name__)
 INVITATIONS, IMAGE = "invitations", {"image/Containerfile": "Containerfile"}
 SERVICES = {
     "fedzo-server.service": "fedzo-server.service",
+    "fedzo-run@.service": "fedzo-run@.service",
     "compose.yaml": "server-compose.yaml",
     "nginx.conf": "nginx.conf",
 } | IMAGE
@@ -72,7 +74,7 @@ def init(path: Path, *, hosts: Sequence[str], port: int, control_port: int, days
 
 
 def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str | None) -> Iterator[str]:
-    """Register a client; without a key of its own, make one and an invitation that holds it.
+    """Register a client, or move it to another index; without a key of its own, make one and an invitation with it.
 
     Args:
         folder: The server's.
@@ -81,14 +83,15 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
         key: Its public key, or a file with it.
     """
     folder.check()
-    folder.check_name(name)
+    folder.registry.check_name(name)
     if key is not None:
-        client = folder.add_client(name, index=index, key=_key_line(key))
+        client = folder.registry.add(name, index=index, key=_key_line(key))
         yield _registered(client)
         yield f"the site needs {folder.file('ca.crt')} as ca.crt in its folder: send it there"
         return
-    room = folder.file(INVITATIONS)
-    room.mkdir(mode=0o700, exist_ok=True)
+    room = make_folder(folder.file(INVITATIONS))
+    if told := keep_private(room):
+        yield told
     file, private = room / f"{name}.json", room / f"{name}.key"
     is_new = not file.exists()  # else the command is repeated
     if is_new:
@@ -100,7 +103,7 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
         # before the key is registered: nobody has it but the invitation
         write_invitation(file, Invitation(address=folder.listening.address, authority=authority, key=text))
         try:
-            client = folder.add_client(name, index=index, key=public_key_of(private))
+            client = folder.registry.add(name, index=index, key=public_key_of(private))
         except BaseException:
             if is_new:
                 file.unlink()
@@ -115,7 +118,7 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
 def remove_client(folder: ServerFolder, name: str) -> Iterator[str]:
     """Revoke a client's key; a SuperLink that is up forgets it within seconds."""
     folder.check()
-    client = folder.remove_client(name)
+    client = folder.registry.remove(name)
     (folder.file(INVITATIONS) / f"{name}.json").unlink(missing_ok=True)
     yield f"client {client.index} ({client.name}) is not registered any more: its key is refused"
 
@@ -138,25 +141,25 @@ def up(folder: ServerFolder) -> Iterator[str]:
         ProtocolError: The SuperLink does not start.
     """
     folder.check()
-    with folder.file("up.lock").open("ab") as held:
+    with os.fdopen(open_file(folder.path, "up.lock", os.O_RDWR | os.O_CREAT), "ab") as held:
         lock_file(held.fileno(), folder.path, "server folder")  # before anything is removed that another one uses
         yield from _keep_up(folder)
 
 
 def _keep_up(folder: ServerFolder) -> Iterator[str]:
-    from fedzo.runtime.net import parts  # here, since Flower takes seconds to import, and other commands do without
+    from fedzo.runtime.net import launch  # here, since Flower takes seconds to import, and other commands do without
 
-    if text := parts.listening_problem(folder):
+    if text := launch.listening_problem(folder):
         raise ConfigError(text)
     if folder.is_serving is False:  # no run needs what Flower remembers
         for left in folder.path.glob("superlink.db*"):
             left.unlink()
-    variables = {**parts.environment(), "FLWR_HOME": str(folder.file("flower"))}
+    variables = {**launch.environment(), "FLWR_HOME": str(folder.file("flower"))}
     with Processes(folder.file("logs"), environment=variables) as processes:
         if told := keep_private(folder.file("logs")):  # they name sites
             yield told
-        parts.start_superlink(processes, folder, restarts=None)
-        parts.wait_for_superlink(processes, folder, timeout_s=STARTUP_S)
+        launch.start_superlink(processes, folder, restarts=None)
+        launch.wait_for_superlink(processes, folder, timeout_s=STARTUP_S)
         listening = folder.listening
         yield f"SuperLink up: sites at {listening.address} (listening at {listening.listen})"
         yield f"log: {processes.log_path('superlink')}"
@@ -165,9 +168,9 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
         said = Tail(processes.log_path("superlink"))
         while True:
             processes.check()
-            if (clients := folder.by_key()) is not registered:
+            if (clients := folder.registry.by_key()) is not registered:
                 try:
-                    count = parts.register_clients(folder)
+                    count = launch.register_clients(folder)
                 except httpx.HTTPError as error:  # of a SuperLink that is started again: at the next look
                     if "certificate" in str(error) and str(error) != refused:
                         refused = str(error)
@@ -175,7 +178,7 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
                 else:
                     registered, refused = clients, ""
                     yield f"{count} clients are registered"
-            if (told := _certificate_problem(folder)) != certificate:
+            if (told := certificate_problem(folder)) != certificate:
                 certificate = told
                 yield told or "the certificate is renewed"
             yield from (line for line in said.new() if " WARNING refused: " in line)
@@ -185,7 +188,7 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
             time.sleep(LOOK_S)
 
 
-def _certificate_problem(folder: ServerFolder) -> str:
+def certificate_problem(folder: ServerFolder) -> str:
     """What is to be done about the server's certificate, told anew each day before its end; empty while it is good."""
     try:
         days = read_certificate(folder.file("server.crt")).days_left

@@ -22,7 +22,7 @@ from fedzo.models.sketched.builder import layers_to_sketch, left_dense, sketch_m
 from fedzo.models.sketched.folder import write_sketch
 from fedzo.models.sketched.leanquant import put_layout, write_layout
 from fedzo.records.decode import to_json
-from fedzo.records.folder import folder_of_one_process, replace_file, sync_folder, told_as
+from fedzo.records.folder import folder_of_one_process, raised_as, replace_file, sync_folder
 from fedzo.records.sketch import BuildInProgress, SketchedLayer, SketchRecipe
 from fedzo.report.format import bytes_text, seconds_text
 from fedzo.report.sinks import phase
@@ -100,7 +100,7 @@ def import_sketch(config: LaunchConfig, file: Path, out: Path) -> Iterator[str]:
 
 def export_sketch(config: LaunchConfig, file: Path) -> Iterator[str]:
     """Write a sketch's tables and codes in LeanQuant's layout."""
-    with told_as(RunFolderError, f"{file}: it must be writable", "Make room or choose another place."):
+    with raised_as(RunFolderError, f"{file}: it must be writable", "Make room or choose another place."):
         yield f"{file}: {write_layout(_open(config).model, file)} layers"
 
 
@@ -134,7 +134,7 @@ def _part_of(out: Path) -> Iterator[Path]:
     remedy = (
         f"Make room or choose another folder, and call the same command again: it goes on with what is in {part.name}."
     )
-    with told_as(RunFolderError, f"{out}: it must be writable", remedy):
+    with raised_as(RunFolderError, f"{out}: it must be writable", remedy):
         part.mkdir(parents=True, exist_ok=True)
         with folder_of_one_process(part):
             yield part

@@ -1,15 +1,18 @@
-"""``fedzo status`` and ``fedzo stop``: what a server, its clients and its run are at, and how to end the run."""
+"""``fedzo status`` and ``fedzo stop``: what a server, its clients and its run, or a site, are at; how to end a run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from fedzo.commands.client import NO_LOCKS
+from fedzo.commands.client import status as status_of_site
+from fedzo.commands.server import certificate_problem
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError, printable, shell
 from fedzo.records.decode import decode, parse_json, read_record
 from fedzo.records.folder import (
@@ -20,9 +23,9 @@ from fedzo.records.folder import (
     PUBLIC,
     STOP,
     is_locked,
+    raised_as,
     read_file,
     replace_file,
-    told_as,
 )
 from fedzo.records.lines import from_end
 from fedzo.records.log import decode_public
@@ -30,16 +33,18 @@ from fedzo.records.metrics import Round
 from fedzo.records.presence import OUTCOME, Outcome, Presence
 from fedzo.report.format import seconds_text
 from fedzo.runtime.net.addresses import accepts
+from fedzo.runtime.net.client_folder import SITE, ClientFolder
 from fedzo.runtime.net.credentials import pem_of, read_certificate
 from fedzo.runtime.net.daemons import NODE_LEASE_S
 from fedzo.runtime.net.server_folder import ServerFolder
 
 if TYPE_CHECKING:
-    from fedzo.runtime.net.parts import Node
+    from fedzo.runtime.net.launch import Node
 
 POLL_S = 0.3
-MOST_SHOWN = 1000  # characters of what ended a run
-_NO_LOCKS = "the file system has no locks"
+MAX_SHOWN = 1000  # characters of what ended a run
+Told = Generator[str, None, bool]
+"""Lines for people; it returns whether all is well, as far as anybody can know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,28 +94,36 @@ class _Run:
                 break
         return cls(folder, is_up, presence, rounds, total, _round_seconds(folder, rounds), last_rounds)
 
-    def lines(self, what: str = "run") -> Iterator[str]:
-        """What it is at, for people; and how it ended, if its server has left word of an error."""
-        not_up = f"perhaps running ({_NO_LOCKS})" if self.is_up is None else "not running"
+    def lines(self, what: str = "run") -> Told:
+        """What it is at, and how it ended, if its server has left word of an error.
+
+        It is well while somebody works on it, and after its last round. An earlier end is not told of meanwhile.
+        """
+        not_up = f"perhaps running ({NO_LOCKS})" if self.is_up is None else "not running"
         going = "running" if self.is_up else "finished" if self.rounds == self.total else not_up
         pace = "" if self.round_seconds is None else f", last round {seconds_text(self.round_seconds)}"
         yield f"{what} {self.folder}: {self.rounds} of {self.total} rounds{pace}, {going}"
-        if not self.is_up and (outcome := read_record(Outcome, self.folder, OUTCOME, error=RunFolderError)):
-            yield f"ended: {printable(outcome.text, most=MOST_SHOWN)}"
+        works = self.is_up or _is_worked_on(self.folder)
+        outcome = None if works else read_record(Outcome, self.folder, OUTCOME, error=RunFolderError)
+        if outcome:
+            yield f"ended: {printable(outcome.text, most=MAX_SHOWN)}"
+            return False
+        return self.rounds == self.total or works is not False
 
 
-def status(path: Path) -> Iterator[str]:
-    """What a server's folder, or a run's, is at; yields lines for people.
+def status(path: Path) -> Told:
+    """What a server's folder, a site's, or a run's, is at.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is none of them.
     """
     if (path / CONFIG).is_file():
-        yield from _status_of_run(path)
-    elif ServerFolder.is_one(path):
-        yield from _status_of_server(ServerFolder(path))
-    else:
-        raise ConfigError(f"{path}: it must be a server's folder or a run's, but is neither. Check the path.")
+        return (yield from _status_of_run(path))
+    if ServerFolder.is_one(path):
+        return (yield from _status_of_server(ServerFolder(path)))
+    if (path / SITE).exists():
+        return (yield from status_of_site(ClientFolder(path)))
+    raise ConfigError(f"{path}: it must be a server's folder, a site's or a run's, but is none. Check the path.")
 
 
 def stop(run_dir: Path) -> Iterator[str]:
@@ -130,7 +143,7 @@ def stop(run_dir: Path) -> Iterator[str]:
     _planned_rounds(run_dir)  # refuses the folder of something else, which a process may have as well
     if works is None:
         replace_file(run_dir / STOP, "")
-        yield f"asked to stop; whether a process runs it is not known ({_NO_LOCKS})"
+        yield f"asked to stop; whether a process runs it is not known ({NO_LOCKS})"
         return
     asked = False
     while _is_worked_on(run_dir):
@@ -153,15 +166,15 @@ def _is_worked_on(run_dir: Path) -> bool | None:
     return is_locked(run_dir / PUBLIC) or is_locked(run_dir)
 
 
-def _status_of_run(run_dir: Path) -> Iterator[str]:
+def _status_of_run(run_dir: Path) -> Told:
     try:
         run = _Run.look(run_dir)
     except RunFolderError as error:
         yield f"run {run_dir}: not begun ({error})"
-        return
-    yield from run.lines()
+        return False
+    is_well = yield from run.lines()
     if run.presence is None:
-        return
+        return is_well
     clients = [(row, str(run.last_rounds.get(row.client, "-"))) for row in run.presence.clients]
     if run.is_up is not False:
         if run.is_up is None:
@@ -172,57 +185,60 @@ def _status_of_run(run_dir: Path) -> Iterator[str]:
         yield "as of its last round:"
         rows = [[str(row.client), last, row.version or "-"] for row, last in clients]
         yield from _table(["client", "last round", "fedzo"], rows)
+    return is_well
 
 
-def _status_of_server(folder: ServerFolder) -> Iterator[str]:
+def _status_of_server(folder: ServerFolder) -> Told:
     folder.check()
     listening = folder.listening
-    is_up = accepts(listening.control)
-    days = read_certificate(folder.file("server.crt")).days_left
-    yield f"server {listening.address}: SuperLink {'up' if is_up else 'down'}, certificate valid for {days:.0f} days"
+    is_up, certificate = accepts(listening.control), certificate_problem(folder)
+    is_well = is_up and not certificate
+    if not certificate:
+        certificate = f"certificate valid for {read_certificate(folder.file('server.crt')).days_left:.0f} days"
+    yield f"server {listening.address}: SuperLink {'up' if is_up else 'down'}, {certificate}"
     run: _Run | None = None
     if served := folder.served:
         try:
-            run = _Run.look(Path(served.run), [client.index for client in folder.clients])
-            yield from run.lines()
+            run = _Run.look(Path(served.run), [client.index for client in folder.registry.clients])
+            is_well = (yield from run.lines()) and is_well
         except RunFolderError as error:
             yield f"run {served.run}: not begun ({error})"
+            is_well = False
     else:
-        yield f"run: not known ({_NO_LOCKS})" if folder.is_serving is None else "run: none"
-        yield from _last_run(folder)
+        yield f"run: not known ({NO_LOCKS})" if folder.is_serving is None else "run: none"
+        is_well = (yield from _last_run(folder)) and is_well
     present = {row.client: row for row in run.presence.clients} if run and run.is_up and run.presence else {}
     nodes = _nodes(folder) if is_up else {}
     rows = []
-    for client in folder.clients:
+    for client in folder.registry.clients:
         node, here = nodes.get(pem_of(client.key)), present.get(client.index)
         state = "unknown" if not is_up else "connected" if node and node.online else "away"
-        if state == "connected" and here and here.state in ("ready", "silent", "preparing", "refused"):
-            state = {"ready": "ready (model loaded)"}.get(here.state, here.state)
+        if state == "connected" and here and here.state != "away":
+            state = "ready (model loaded)" if here.state == "ready" else here.state
         last = str(run.last_rounds.get(client.index, "-")) if run else "-"
-        rows.append(
-            [
-                *(str(client.index), client.name, state, _seen(node), last),
-                *((here.version or "-", here.why) if here else ("-", "")),
-            ]
-        )
+        version, why = (here.version or "-", here.why) if here else ("-", "")
+        rows.append([str(client.index), client.name, state, _seen(node), last, version, why])
     yield from _table(["client", "name", "state", "last seen", "last round", "fedzo"], rows)
+    return is_well
 
 
-def _last_run(folder: ServerFolder) -> Iterator[str]:
+def _last_run(folder: ServerFolder) -> Told:
     """How the run ended that was served last, if its folder is still there."""
     last = folder.last_served
-    if last is not None and (Path(last.run) / CONFIG).is_file():
-        try:
-            yield from _Run.look(Path(last.run)).lines("last run")
-        except RunFolderError as error:
-            yield f"last run {last.run}: not begun ({error})"
+    if last is None or not (Path(last.run) / CONFIG).is_file():
+        return True
+    try:
+        return (yield from _Run.look(Path(last.run)).lines("last run"))
+    except RunFolderError as error:
+        yield f"last run {last.run}: not begun ({error})"
+        return False
 
 
 def _planned_rounds(run_dir: Path) -> int:
     """How many rounds a run is to have. The rest of its settings is left alone: to read it costs seconds of imports."""
     where, remedy = str(run_dir / CONFIG), "Give the folder of one."
     rule = f"{where}: it must hold the settings of a run"
-    with told_as(RunFolderError, rule, remedy):
+    with raised_as(RunFolderError, rule, remedy):
         text = read_file(run_dir, CONFIG)
     try:
         return int(parse_json(text, where=where, error=RunFolderError)["fl"]["rounds"])
@@ -251,7 +267,7 @@ def _of_round(value: object, **where: Any) -> Round | None:
 
 
 def _nodes(folder: ServerFolder) -> Mapping[bytes, Node]:
-    from fedzo.runtime.net.parts import control  # here, since Flower takes seconds to import
+    from fedzo.runtime.net.launch import control  # here, since Flower takes seconds to import
 
     try:
         with control(folder.endpoint) as flower:

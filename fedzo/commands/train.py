@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedzo.commands.run_folder import read_launch, read_run, write_settings
+from fedzo.commands.run_folder import keep_environment, read_launch, read_run, write_settings
 from fedzo.config.rules import launch_problems
-from fedzo.config.schema import LaunchConfig, first_evaluator, with_rounds
+from fedzo.config.schema import LaunchConfig, with_rounds
 from fedzo.config.travel import config_hash, is_same_run, to_json
 from fedzo.errors import ConfigError, RunFolderError, shell
 from fedzo.fl.config import BestBy
@@ -37,11 +37,11 @@ from fedzo.records.folder import (
 )
 from fedzo.records.metrics import Extension, Summary
 from fedzo.records.presence import OUTCOME
-from fedzo.report.run_data import read_overrides
+from fedzo.report.run_data import read_environment, read_overrides
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import run_config
 from fedzo.run.client_context import STAGE_FOLDER
-from fedzo.run.estimate import warn_of_copies
+from fedzo.run.costs import warn_of_copies
 from fedzo.run.process import Process, forget_process, keep_process
 from fedzo.run.start import open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
@@ -49,7 +49,7 @@ from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment, environme
 from fedzo.zo.server_optimizer import Schedule
 
 log = logging.getLogger(__name__)
-MOST_TOLD = 8  # of these at the end of a run
+MAX_TOLD = 8  # of these at the end of a run
 
 
 def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
@@ -120,8 +120,7 @@ def dev_objective(run_dir: Path) -> float:
         ConfigError: What was scored has no loss to search by.
     """
     config = read_launch(run_dir)
-    by = config.evaluation.best_by
-    score = best_dev_score(RunLog(run_dir), by=by, evaluator=first_evaluator(config))
+    by, score = config.evaluation.best_by, best_dev_score(RunLog(run_dir), config)
     number = None if score is None else score.loss if by is BestBy.loss else score.value
     if score is not None and number is None:
         where = f"evaluators.{score.evaluator}: for evaluation.best_by={by} its dev scores must have a finite loss"
@@ -138,9 +137,10 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
 
     Raises:
         ConfigError: The run cannot be made so long.
-        RunFolderError: The folder cannot be written, or another process writes to it.
+        RunFolderError: The folder cannot be read or written, or another process writes to it.
     """
     read_launch(run_dir)  # no run folder is made of another
+    read_environment(run_dir)  # a spoilt one is refused before anything is loaded or written
     extension: _Extension | None = None
     with _alone(run_dir):
         try:
@@ -148,8 +148,7 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
                 config, extension = _extended(read_launch(run_dir), store, rounds)
                 if any(ended.rounds == config.fl.rounds for ended in store.metrics_of(Summary)):
                     longer = f"`{shell('fedzo resume', run_dir)} fl.rounds=N` makes the run longer."
-                    said = "%s: all %d rounds are done, and only verified. %s"
-                    log.warning(said, run_dir, config.fl.rounds, longer)
+                    log.warning("%s: all %d rounds are done, and only verified. %s", run_dir, config.fl.rounds, longer)
                 if not config.runtime.traits.server_process:
                     return _run(config, store)
             _deploy(config, run_dir)
@@ -178,9 +177,10 @@ def serve_run(run_dir: Path, server_dir: Path) -> None:
     with (
         folder.serving(str(run_dir.resolve())),
         RunStore(run_dir) as store,
-        _opened(read_launch(run_dir), store) as process,
+        _opened(config := read_launch(run_dir), store) as process,
     ):
-        serve(server_app, folder=folder, run_config=run_config(keep_process(process), store.folder.resolve()))
+        settings = run_config(keep_process(process), store.folder.resolve())
+        serve(server_app, folder=folder, run_config=settings, startup_s=config.runtime.traits.startup_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,23 +203,23 @@ def _extended(config: LaunchConfig, store: RunStore, rounds: int | None) -> tupl
 
     The record in the log comes first, the files that tell of it follow.
     """
-    told = [config.fl.rounds, *(extension.rounds for extension in store.metrics_of(Extension))]
+    before = max([config.fl.rounds, *(extension.rounds for extension in store.metrics_of(Extension))])
+    total = before if rounds is None else rounds
     extension = None
-    if rounds is not None and rounds != max(told):
-        _check_extension(config, rounds, before=max(told))
+    if total != before:
+        _check_extension(config, total, before=before)
         read_run(store.folder)  # only what has begun can be made longer
         files = {name: read_file(store.folder, name) for name in (RUN_FILE, OVERRIDES, CONFIG_YAML, CONFIG)}
         seconds = max((record.seconds for record in store.metrics), default=0.0)
-        record = Extension(seconds=seconds, round=len(store.records), before=max(told), rounds=rounds)
+        record = Extension(seconds=seconds, round=len(store.records), before=before, rounds=total)
         store.write(record)
         extension = _Extension(record, files)
-        told.append(rounds)
-    if max(told) == config.fl.rounds:
+    if total == config.fl.rounds:
         return config, extension
-    longer = with_rounds(config, max(told))
-    write_whole(store.folder / RUN_FILE, to_json(with_rounds(read_run(store.folder), max(told))))
+    longer = with_rounds(config, total)
+    write_whole(store.folder / RUN_FILE, to_json(with_rounds(read_run(store.folder), total)))
     overrides = [text for text in read_overrides(store.folder) if not text.startswith("fl.rounds=")]
-    write_settings(longer, store.folder, [*overrides, f"fl.rounds={max(told)}"])
+    write_settings(longer, store.folder, [*overrides, f"fl.rounds={total}"])
     return longer, extension
 
 
@@ -258,7 +258,7 @@ def _run(config: LaunchConfig, store: RunStore) -> None:
     """Run a federation whose server is this process."""
     run_dir = store.folder.resolve()
     with _opened(config, store) as process:
-        launch(config, process, run_dir, site_file=run_dir / SITE_FILE)
+        launch(config, process, run_dir)
 
 
 def _deploy(config: LaunchConfig, run_dir: Path) -> None:
@@ -268,7 +268,7 @@ def _deploy(config: LaunchConfig, run_dir: Path) -> None:
     if not config.runtime.traits.has_sites:
         written, num_copies = config.trainer.traits.trains_base_weights, config.fl.num_clients + 1
         warn_of_copies(config.model, device=config.device, num_copies=num_copies, are_written=written)
-    with _told_of_clients(run_dir):
+    with _log_client_failures(run_dir):
         RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_dir=run_dir)
 
 
@@ -283,21 +283,20 @@ def _opened(config: LaunchConfig, store: RunStore) -> Iterator[Process]:
     try:
         process = open_run(config, run_dir, store)
         write_whole(run_dir / SITE_FILE, to_json(config.site()))
-        if not (run_dir / ENVIRONMENT).exists():
-            write_whole(run_dir / ENVIRONMENT, json.dumps(_environment(process), indent=2))
+        if (done := len(store.records)) < config.fl.rounds:  # else nothing more is computed
+            keep_environment(run_dir, _environment(process), round=done)
         yield process
     finally:
         forget_process()
 
 
-def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: Path) -> None:
+def launch(config: LaunchConfig, process: Process, run_dir: Path) -> None:
     """Run a federation to its end on the runtime of its command line.
 
     Args:
         config: The command line.
         process: The run, opened in this process, which plays the server.
-        run_dir: The run folder, where the server writes.
-        site_file: This machine's own configuration, for clients in processes of their own.
+        run_dir: The run folder, where the server writes; clients in processes of their own find their site in it.
 
     Raises:
         ConfigError: The runtime cannot be used here.
@@ -305,17 +304,17 @@ def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: 
     """
     run_json = keep_process(process)
     if not config.runtime.traits.takes_turns:  # else clients are in this very process
-        (run_dir / CLIENTS_LOG).parent.mkdir(exist_ok=True)
+        make_folder((run_dir / CLIENTS_LOG).parent)
     with (
-        _told_of_clients(run_dir) as site_log,
-        environment_variable(SITE_ENV, str(site_file)),
+        _log_client_failures(run_dir) as site_log,
+        environment_variable(SITE_ENV, str(run_dir / SITE_FILE)),
         environment_variable(SITE_LOG_ENV, str(site_log)),
     ):
         RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_dir=run_dir, run_json=run_json)
 
 
 @contextmanager
-def _told_of_clients(run_dir: Path) -> Iterator[Path]:
+def _log_client_failures(run_dir: Path) -> Iterator[Path]:
     """At the end, what clients in processes of their own, on this machine, wrote of failures into their log."""
     site_log = run_dir / CLIENTS_LOG
     site_log.unlink(missing_ok=True)  # of an earlier start
@@ -324,14 +323,14 @@ def _told_of_clients(run_dir: Path) -> Iterator[Path]:
     finally:
         if site_log.exists():
             text = site_log.read_text(encoding="utf-8", errors="replace")
-            told = dict.fromkeys(line for line in text.splitlines() if line.startswith("client "))
-            for line in list(told)[-MOST_TOLD:]:
+            told = dict.fromkeys(re.findall(r"^[\d-]+ [\d:,]+ (client .*)", text, re.MULTILINE))  # without the time
+            for line in list(told)[-MAX_TOLD:]:
                 log.error("%s (%s)", line, site_log)
 
 
 def _environment(process: Process) -> dict[str, Any]:
-    machine = environment(process.peer.loaded.device)
-    return {**machine, "config_hash": config_hash(process.peer.config), "command": command()}
+    peer, machine = process.peer, environment(process.peer.loaded.device)
+    return {**machine, "run_id": peer.run_id, "config_hash": config_hash(peer.config), "command": command()}
 
 
 def _with_absolute_paths(config: LaunchConfig) -> LaunchConfig:

@@ -1,7 +1,7 @@
 """The rules that types cannot say. Every broken rule is reported, never only the first.
 
-A plugin's rules are in its config class, and what its traits allow is in ``fedzo.config.traits``. Here are those of
-the parts that are no plugins.
+A plugin's rules are in its config class, and what its traits allow is in ``fedzo.config.trait_rules``. Here are those
+of the parts that are no plugins.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedzo.config import traits
+from fedzo.config import trait_rules
 from fedzo.config.plugins import LISTS, list_classes, option_of, plugin_classes, plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, SiteFile
 from fedzo.config.task_rules import task_problems
@@ -21,11 +21,11 @@ from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
 from fedzo.evaluate.base import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES, metric_names
 from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, Weighting
 from fedzo.fl.server.aggregate import num_trimmed
-from fedzo.records.fields import HASH, MOST_CLIENTS, MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
+from fedzo.records.fields import HASH, MAX_CLIENTS, MAX_OWNERS, MAX_ROUNDS, MAX_STEPS
 from fedzo.registry import broken_rules, problems_of
-from fedzo.system import MOST_THREADS
+from fedzo.system import MAX_THREADS
 
-MOST_ROWS, MOST_SCALARS = 1 << 16, 1 << 20
+MAX_ROWS, MAX_SCALARS = 1 << 16, 1 << 20
 """Rows of a step, and scalars of a client in a round: what a configuration from elsewhere may ask memory for."""
 
 
@@ -38,7 +38,7 @@ def launch_problems(config: LaunchConfig, *, trains: bool = True) -> list[Proble
         *run_problems(config),
         *problems_of(config.trainer.input_problems(config.inputs, config), by=config.trainer, method="input_problems"),
         *broken_rules(config.runtime, config),
-        *traits.runtime_problems(config),
+        *trait_rules.runtime_problems(config),
     ]
 
 
@@ -48,9 +48,9 @@ def site_problems(site: SiteConfig, run: RunSettings, *, trains: bool = True) ->
     yield from _model(site, run)
     yield from broken_rules(site.rewriter, run)
     if trains:
-        yield from traits.dtype_problems(site, run)
-        yield from traits.quantization_problems(site, run)
-        yield from traits.compile_problems(site, run)
+        yield from trait_rules.dtype_problems(site, run)
+        yield from trait_rules.quantization_problems(site, run)
+        yield from trait_rules.compile_problems(site, run)
 
 
 def site_file_problems(site: SiteFile) -> Iterator[Problem]:
@@ -84,20 +84,20 @@ def run_problems(config: RunSettings) -> Iterator[Problem]:
     yield from task_problems(config)
     yield from _split(config.split)
     yield from broken_rules(config.partition, config)
-    yield from traits.partition_problems(config)
+    yield from trait_rules.partition_problems(config)
     yield from broken_rules(config.trainer, config)
     for group in LISTS:
         for plugin in getattr(config, group, {}).values():  # trackers are of the launch alone
             yield from broken_rules(plugin, config)
     yield from broken_rules(config.estimator, config)
-    yield from traits.gradient_problems(config)
+    yield from trait_rules.gradient_problems(config)
     yield from broken_rules(config.server_optimizer, config)
-    yield from traits.server_optimizer_problems(config)
+    yield from trait_rules.server_optimizer_problems(config)
     yield from _fl(config)
     yield from _faults(config.faults, config.fl)
     yield from _strategy(config)
     yield from broken_rules(config.step_policy, config)
-    yield from traits.step_policy_problems(config)
+    yield from trait_rules.step_policy_problems(config)
     yield from _aggregation(config)
     yield from _evaluation(config)
     if isinstance(config, RunConfig):
@@ -136,9 +136,9 @@ def _machine(config: SiteConfig) -> Iterator[Problem]:
         yield problem(
             "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto chooses the best device."
         )
-    if not 0 <= config.threads <= MOST_THREADS:
+    if not 0 <= config.threads <= MAX_THREADS:
         remedy = "0 means OMP_NUM_THREADS, or all CPUs."
-        yield problem("threads", f"be between 0 and {MOST_THREADS}", config.threads, remedy)
+        yield problem("threads", f"be between 0 and {MAX_THREADS}", config.threads, remedy)
     yield from at_least("artifact_max_bytes", config.artifact_max_bytes, 1, "2147483648 (2 GiB) is usual.")
 
 
@@ -159,7 +159,7 @@ def _limits(limits: SiteLimitsConfig) -> Iterator[Problem]:
     if limits.base_digest and not HASH.fullmatch(limits.base_digest):
         remedy = "Copy base.weights_digest of the run, or leave it empty."
         yield problem("limits.base_digest", "be a SHA-256 of 64 hexadecimal digits", limits.base_digest, remedy)
-    for key in ("most_steps", "most_rows", "most_probes", "min_rows"):
+    for key in ("max_steps", "max_rows", "max_probes", "min_rows"):
         yield from at_least(f"limits.{key}", getattr(limits, key), 0, "0 means no limit.")
     yield from positive("limits.step_limit_s", limits.step_limit_s, "Write seconds.")
 
@@ -215,26 +215,26 @@ def _fl(config: RunSettings) -> Iterator[Problem]:
     yield from at_least("fl.rounds", fl.rounds, 1, "A run needs a round.")
     yield from at_least("fl.local_steps", fl.local_steps, 1, "1 synchronises after every step.")
     for key, count, most in (
-        ("fl.rounds", fl.rounds, MOST_ROUNDS),
-        ("fl.local_steps", fl.local_steps, MOST_STEPS),
+        ("fl.rounds", fl.rounds, MAX_ROUNDS),
+        ("fl.local_steps", fl.local_steps, MAX_STEPS),
     ):
         if count > most:
             yield problem(key, f"be at most {most}, the maximum of a record of the log", count, "Lower it.")
     own_columns = fl.seeds is not Seeds.shared or config.server_optimizer.traits.walks_clients
-    if own_columns and fl.num_clients > MOST_OWNERS:
-        rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"
+    if own_columns and fl.num_clients > MAX_OWNERS:
+        rule = f"be at most {MAX_OWNERS} where the log keeps each client's own scalars"
         yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and server_optimizer=sgd.")
     yield from at_least("fl.batch_size", fl.batch_size, 1, "Write a client's number of rows per step.")
-    most_steps = config.step_policy.most_steps(fl)
-    numbers = max(1, config.estimator.probes_per_step)  # of a step: its scalars, or the loss beside a vector
     for key, count, most in (
-        ("fl.num_clients", fl.num_clients, MOST_CLIENTS),
-        ("fl.batch_size", fl.batch_size, MOST_ROWS),
-        ("fl.local_steps", most_steps * numbers, MOST_SCALARS),
+        ("fl.num_clients", fl.num_clients, MAX_CLIENTS),
+        ("fl.batch_size", fl.batch_size, MAX_ROWS),
     ):
         if count > most:
-            what = "make at most {} scalars of a client in a round" if key == "fl.local_steps" else "be at most {}"
-            yield problem(key, what.format(most), count, "Lower it.")
+            yield problem(key, f"be at most {most}", count, "Lower it.")
+    numbers = max(1, config.estimator.probes_per_step)  # of a step: its scalars, or the loss beside a vector
+    if (scalars := config.step_policy.max_steps(fl) * numbers) > MAX_SCALARS:
+        rule = f"make at most {MAX_SCALARS} scalars of a client in a round"
+        yield problem("fl.local_steps", rule, scalars, "Lower it.")
     if not 2 <= fl.pool_size < 2**31:
         yield problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")
     yield from at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")

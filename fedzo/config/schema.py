@@ -49,6 +49,11 @@ class RunSettings:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
+    @property
+    def first_evaluator(self) -> str | None:
+        """The evaluator whose dev score chooses the best round; None where nothing is scored."""
+        return next(iter(self.evaluators), None)
+
 
 @dataclass(kw_only=True)
 class RunConfig(RunSettings):
@@ -118,16 +123,11 @@ def with_rounds(config: Settings, rounds: int) -> Settings:
     return replace(config, fl=replace(config.fl, rounds=rounds))
 
 
-def first_evaluator(config: RunSettings) -> str | None:
-    """The evaluator whose dev score chooses the best round; None where nothing is scored."""
-    return next(iter(config.evaluators), None)
-
-
 def filled(config: Settings) -> Settings:
     """The config with what was left to other parts: ``server_optimizer.lr`` and ``estimator.eps``, keys of stages."""
     trainer, optimizer, estimator = config.trainer, config.server_optimizer, config.estimator
     if isinstance(estimator, ZerothOrderConfig):
         estimator = replace(estimator, eps=trainer.eps if estimator.eps is None else estimator.eps)
-    optimizer = replace(optimizer, lr=trainer.lr if optimizer.lr is None else optimizer.lr)
+    optimizer = replace(optimizer, lr=optimizer.lr_in(config))
     stages = {name: stage.filled(config.task) for name, stage in config.preprocess.items()}
     return replace(config, server_optimizer=optimizer, estimator=estimator, preprocess=stages)

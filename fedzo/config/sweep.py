@@ -17,7 +17,7 @@ from fedzo.config.compose import FAILURES, compose_run, group_names, option_name
 from fedzo.config.diagnose import diagnose, parse_overrides, reason
 from fedzo.config.load import check, message, others, own_words
 from fedzo.config.overrides import quoted
-from fedzo.config.schema import LaunchConfig, filled, first_evaluator
+from fedzo.config.schema import LaunchConfig, filled
 from fedzo.config.unused import unused_problems
 from fedzo.errors import ConfigError, Problem, problem
 from fedzo.evaluate import EVALUATORS
@@ -209,7 +209,7 @@ def _search(own: DictConfig, configs: Sequence[LaunchConfig], *, given: Sequence
 
 def _direction(config: LaunchConfig) -> str:
     """Of the dev score by which a run's best round is chosen."""
-    name = first_evaluator(config)
+    name = config.first_evaluator
     if name is None or not config.evaluation.central or config.split.num_dev == 0:
         raise ConfigError(
             "hydra/sweeper=optuna: a job must have dev scores, but has none. It needs evaluators, "

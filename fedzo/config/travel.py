@@ -63,14 +63,12 @@ def from_json(text: str, config_class: type[Config]) -> Config:
         ConfigError: the text is not such a config.
     """
     plain = parse_json(text, where=_TOP, error=ConfigError)
-    version = plain.get("version") if isinstance(plain, dict) else None
-    if isinstance(plain, dict) and version != VERSION:
+    if isinstance(plain, dict) and (version := plain.pop("version", None)) != VERSION:
         got = "none, so that fedzo did not write it, or an early fedzo did" if version is None else f"{version!r:.40}"
         raise ConfigError(
             f"configuration must be of version {VERSION}, got {got}. Use the fedzo that made the run folder."
         )
-    rest = {key: value for key, value in plain.items() if key != "version"} if isinstance(plain, dict) else plain
-    config = cast(Config, _decode_class(config_class, rest, _TOP))
+    config = cast(Config, _decode_class(config_class, plain, _TOP))
     found = launch_problems(config) if isinstance(config, LaunchConfig) else run_problems(config)
     if texts := [problem.text for problem in found]:
         raise ConfigError("; ".join(texts))
@@ -93,7 +91,7 @@ def load_site(path: Path) -> SiteFile:
         raise ConfigError(f"site configuration {path}: it must be a readable YAML file. {reason}.") from error
     given = {} if plain is None else plain  # an empty file
     if isinstance(given, dict):
-        given = {key: value for key, value in given.items() if key != "version"}
+        given.pop("version", None)
     found: list[str] = []
     try:
         site = cast(SiteFile, _decode_class(SiteFile, given, _TOP, found=found))

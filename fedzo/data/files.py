@@ -25,7 +25,7 @@ Located = tuple[str, Row]
 """Where a row stands (``path:line``, or ``path, row n`` where there are no lines), and the row."""
 MARK = "fedzo_status"
 """Column that marks the rows of a whole file of rewritten text (``fedzo rephrase --out``)."""
-MOST_CELL_CHARS = 1 << 24
+MAX_CELL_CHARS = 1 << 24
 """Longest cell of a csv or tsv; a quote that nobody closes would swallow the rest of any file."""
 
 
@@ -173,7 +173,7 @@ def _checked(row: Any, where: str) -> Row:
 
 def _delimited(path: Path, data: bytes, *, delimiter: str, quoting: Any) -> Iterator[Located]:
     lines = csv.reader(_lines(path, data, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    before = csv.field_size_limit(MOST_CELL_CHARS)  # of the whole process
+    before = csv.field_size_limit(MAX_CELL_CHARS)  # of the whole process
     began, columns = 1, list[str]()
     try:
         while True:
@@ -200,7 +200,7 @@ def _delimited(path: Path, data: bytes, *, delimiter: str, quoting: Any) -> Iter
         if "field limit" in str(error):
             size = sum(map(len, text_of(path, data).split("\n")[began - 1 :]))
             raise ConfigError(
-                f"{path}:{began}: a field must have at most {MOST_CELL_CHARS:,} characters, the row that begins here "
+                f"{path}:{began}: a field must have at most {MAX_CELL_CHARS:,} characters, the row that begins here "
                 f"has more (up to {size:,}). Close its quotes, or shorten it."
             ) from error
         advice = f"Correct it or its quotes{'' if columns else ', and part columns by commas'}."

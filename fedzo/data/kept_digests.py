@@ -16,36 +16,37 @@ from pathlib import Path
 
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
-from fedzo.records.folder import replace_file, sync_folder
+from fedzo.records.folder import make_folder, open_file, replace_file, sync_folder
 
 KEPT_ROWS = "rows"
 """Folder of the digests, beside a site's configuration or in a run folder."""
 _SECRET = "secret"
-_MOST_NAMED = 20
+_MAX_NAMED = 20
 
 
 class RowsChangedError(ConfigError):
     """Rows are not those that a run began with."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KeptDigests:
-    """The digests of one site.
+    """The digests of one site for a run.
 
     Attributes:
         folder: Where they are kept; made when rows are first registered. Its ``secret`` is this user's alone.
+        run: Names the run.
     """
 
     folder: Path
-    _claimed: dict[str, int] = field(default_factory=dict, init=False, compare=False)
+    run: str
+    _claimed: int | None = field(default=None, init=False, compare=False)
 
-    def register(self, rows: Sequence[Row], *, whose: str, run: str, begun: bool, stages: Sequence[str] = ()) -> str:
+    def register(self, rows: Sequence[Row], *, whose: str, begun: bool, stages: Sequence[str] = ()) -> str:
         """Remember rows when a run begins, and prove them when it goes on.
 
         Args:
             rows: As they were read, or with ``stages`` as these made them.
             whose: Names them: a client and its part.
-            run: Names the run.
             begun: Whether the run has begun, so that the rows must be those that are remembered.
             stages: What made the rows.
 
@@ -60,7 +61,7 @@ class KeptDigests:
             secret = self._secret()
             digests = [_digest(row, secret) for row in rows]
             name = f"{whose} prepared" if stages else whose
-            file = self.folder / f"{name.replace(' ', '-')}-{run[:16]}.json"
+            file = self.folder / f"{name.replace(' ', '-')}-{self.run}.json"
             if not begun:
                 replace_file(file, json.dumps(digests), durable=True)
             elif file.exists():
@@ -73,16 +74,16 @@ class KeptDigests:
             ) from error
         return blake2b("".join(digests).encode(), key=secret, digest_size=32).hexdigest()
 
-    def claim_file(self, run: str) -> Path:
-        """Where it is kept which client of a run the site is."""
-        return self.folder / f"client-of-{run[:16]}"
+    @property
+    def claim_file(self) -> Path:
+        """Where it is kept which client of the run the site is."""
+        return self.folder / f"client-of-{self.run}"
 
-    def claim(self, client: int, *, run: str) -> int:
-        """Remember which client of a run the site is.
+    def claim(self, client: int) -> int:
+        """Remember which client of the run the site is.
 
         Args:
             client: Index that the server gives it now.
-            run: Names the run.
 
         Returns:
             The first index that it was given in the run, by whichever of its processes.
@@ -90,13 +91,13 @@ class KeptDigests:
         Raises:
             ConfigError: The folder cannot be used.
         """
-        file = self.claim_file(run)
+        file = self.claim_file
         try:
-            if run not in self._claimed:
+            if self._claimed is None:
                 if not file.exists():
                     self._make(file, str(client).encode())
-                self._claimed[run] = int(file.read_bytes())
-            return self._claimed[run]
+                self._claimed = int(file.read_bytes())
+            return self._claimed
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{file}: the site's index in the run must be kept there, but: {error}. Make the folder writable, and "
@@ -107,7 +108,7 @@ class KeptDigests:
         if before == now:
             return
         changed = [number for number, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]]
-        named = ", ".join(map(str, changed[:_MOST_NAMED])) + (", ..." if len(changed) > _MOST_NAMED else "")
+        named = ", ".join(map(str, changed[:_MAX_NAMED])) + (", ..." if len(changed) > _MAX_NAMED else "")
         which = f"; others now (from 0): {named}" if changed else ""
         if stages:
             raise RowsChangedError(
@@ -132,10 +133,11 @@ class KeptDigests:
 
     def _make(self, file: Path, data: bytes) -> None:
         """Write a file of this user's alone, once: of processes that do it together, the first one's stays."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists():
+            make_folder(self.folder)
         own = file.with_name(f"{file.name}.{os.getpid()}.part")
-        own.touch(mode=0o600)
-        with own.open("wb") as written:
+        opened = open_file(self.folder, own.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode=0o600)
+        with os.fdopen(opened, "wb") as written:
             written.write(data)
             written.flush()
             os.fsync(written.fileno())  # as what depends on it is

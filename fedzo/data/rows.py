@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.files import Row, refuse_marked
-from fedzo.data.partition import PartitionConfig, holdout, partition
+from fedzo.data.partition import PartitionConfig, holdout, partition, partition_digest
 from fedzo.data.preprocess import Stage, preprocess, summaries
 from fedzo.data.sources import Splits, load_own, load_splits
 from fedzo.data.tasks import label_index, render
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
 
 
@@ -31,6 +31,11 @@ class RowSource(Protocol):
     @property
     def task(self) -> TaskConfig:
         """What the rows are for."""
+        ...
+
+    @property
+    def partition_digest(self) -> str:
+        """Of which client has which rows of one set; empty where each has a set of its own."""
         ...
 
     def rows_for(self, client: int) -> list[Row]:
@@ -61,6 +66,10 @@ class SimulatedRows:
             self.splits.train, self.partition, num_clients=self.num_clients, seed=self.seed, task=self.task
         )
 
+    @property
+    def partition_digest(self) -> str:
+        return partition_digest(self.parts)
+
     def rows_for(self, client: int) -> list[Row]:
         return [self.splits.train[row] for row in self.parts[client]]
 
@@ -80,6 +89,10 @@ class OwnRows:
     def is_one_set(self) -> bool:
         """Whether every client that the site plays would have the same rows."""
         return "{client}" not in self.path
+
+    @property
+    def partition_digest(self) -> str:
+        return ""
 
     def rows_for(self, client: int) -> list[Row]:
         return load_own(Path(self.path.replace("{client}", str(client))), self.task)
@@ -114,7 +127,7 @@ def client_rows(
     share: float,
     seed: int,
     stages: Mapping[str, Stage] | None = None,
-    on_progress: OnProgress = untold,
+    on_progress: OnProgress = no_progress,
 ) -> ClientRows:
     """A client's rows, parted and prepared.
 

@@ -6,7 +6,9 @@ every machine, and under every template that tells the same rows apart.
 
 from __future__ import annotations
 
+import glob
 import logging
+import re
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from fedzo.data.embedded import rotten_tomatoes
 from fedzo.data.files import SUFFIXES, Located, Row, read_located, refuse_marked
 from fedzo.data.tasks import has_answer, render
 from fedzo.errors import ConfigError
-from fedzo.records.folder import told_as
+from fedzo.records.folder import raised_as
 from fedzo.zo.directions import PURPOSE_SPLIT, permutation, stream_key
 
 logger = logging.getLogger(__name__)
@@ -122,11 +124,29 @@ def read_own(path: Path) -> list[Located]:
     Raises:
         ConfigError: There is no such file, it is malformed, or it holds no row.
     """
-    file = _files(_existing(path))["train"] if path.is_dir() else _existing(path)
+    file = _own_file(path)
     located = read_located(file)
     if not located:
         raise ConfigError(f"{file}: must hold a row, got none. Name another file.")
     return located
+
+
+def own_files(path: str) -> list[Path]:
+    """The files of rows that a site's ``data.path`` names, with any index in the place of ``{client}``; none is read.
+
+    Raises:
+        ConfigError: There is none, or a folder has no ``train`` file.
+    """
+    if "{client}" not in path:
+        return [_own_file(Path(path))]
+    pattern = Path("*".join(glob.escape(part) for part in re.split(r"(?:\{client\})+", path)))
+    found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    return [_own_file(each) for each in found or [Path(path)]]
+
+
+def _own_file(path: Path) -> Path:
+    path = _existing(path)
+    return _files(path)[0]["train"] if path.is_dir() else path
 
 
 def _existing(path: Path) -> Path:
@@ -150,39 +170,35 @@ def _read(
         rows = [(f"{task.name}, row {number}", row) for number, row in enumerate(embedded, start=1)]
         return {"train": rows}, {"train"}, []
     path = _existing(Path(config.path))
-    files = _files(path) if path.is_dir() else {"train": path}
+    files, others = _files(path) if path.is_dir() else ({"train": path}, [])
     located = {name: read_located(file) for name, file in files.items() if name not in unused}
     for name, rows in located.items():
         if not rows:
             raise ConfigError(f"{files[name]}: must hold a row, got none. Fill or remove it.")
-    beside = _entries(path) if path.is_dir() else []
-    others = [each.name for each in beside if each not in files.values() and _LIKE_ROWS & {*each.suffixes}]
     return located, files.keys(), others
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    found = {name: file for name in _STEMS if (file := _file(folder, name)) is not None}
+def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The file of each split in a folder, in capitals or not, and the names of others that may have been meant."""
+    with raised_as(
+        ConfigError, f"{folder}: data.path must be a folder that can be listed", "Give its reader the right."
+    ):
+        entries = sorted(folder.iterdir())
+    found: dict[str, Path] = {}
+    for name, stems in _STEMS.items():
+        names = {f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES}
+        there = [path for path in entries if path.name.lower() in names and path.is_file()]
+        if len(there) > 1:
+            got = ", ".join(path.name for path in there)
+            raise ConfigError(f"{folder}: one {name} file must exist, got {got}. Remove all but one.")
+        if there:
+            found[name] = there[0]
     if "train" not in found:
-        names = ", ".join([path.name for path in _entries(folder)][:20]) or "nothing"
+        held = ", ".join([path.name for path in entries][:20]) or "nothing"
         raise ConfigError(
-            f"{folder}: must hold a file train.* ({', '.join(SUFFIXES)}), it holds {names}. Check data.path."
+            f"{folder}: must hold a file train.* ({', '.join(SUFFIXES)}), it holds {held}. Check data.path."
         )
-    return found
-
-
-def _entries(folder: Path) -> list[Path]:
-    with told_as(ConfigError, f"{folder}: data.path must be a folder that can be listed", "Give its reader the right."):
-        return sorted(folder.iterdir())
-
-
-def _file(folder: Path, name: str) -> Path | None:
-    """The one file of a split in a folder, in capitals or not; None where there is none."""
-    names = {f"{stem}{suffix}" for stem in _STEMS[name] for suffix in SUFFIXES}
-    there = [path for path in _entries(folder) if path.name.lower() in names and path.is_file()]
-    if len(there) > 1:
-        got = ", ".join(path.name for path in there)
-        raise ConfigError(f"{folder}: one {name} file must exist, got {got}. Remove all but one.")
-    return there[0] if there else None
+    return found, [path.name for path in entries if path not in found.values() and _LIKE_ROWS & {*path.suffixes}]
 
 
 def _shuffled(rows: list[Located], task: TaskConfig, *, name: str, seed: int) -> list[_Item]:

@@ -19,7 +19,8 @@ from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
 
-_FIELD = re.compile(r"\{(\w[\w .-]*)\}")  # other braces are plain text
+FIELD = re.compile(r"\{(\w[\w .-]*)\}")
+"""A column in a template; other braces are plain text."""
 _NO_VALUE = {"nan", "nat", "<na>", "\\n", "#n/a", "#na", "#name?", "#null!", "#num!", "#ref!", "#value!", "#div/0!"}
 """How tables and dumps write a missing value as text, in lower case; an answer may be one of the words below."""
 _NO_WORD = {"null", "none", "n/a"}
@@ -71,7 +72,7 @@ def template_faults(template: str, *, constant: bool = False) -> Iterator[str]:
 
     A template may come from elsewhere: all of it takes time linear in the text.
     """
-    rest = _FIELD.sub("\0", template)
+    rest = FIELD.sub("\0", template)
     if opened := re.search(r"(?<!\$)\{[ \t]*(\w[\w .-]*)", rest):
         yield (
             f"close the brace of {opened[0]!r} right after the column's name, as in {{{opened[1].strip()}}} (a name "
@@ -108,8 +109,9 @@ def is_missing(value: object, *, may_be_word: bool = True) -> bool:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return True
     text = str(value).strip()
-    missing = {"", *_NO_VALUE} if may_be_word else {"", *_NO_VALUE, *_NO_WORD}
-    return text.casefold() in missing or (text == _NA and not may_be_word)
+    if not text or text.casefold() in _NO_VALUE:
+        return True
+    return not may_be_word and (text == _NA or text.casefold() in _NO_WORD)
 
 
 def answers_in(row: Row, column: str) -> list[Any]:
@@ -126,7 +128,7 @@ def answer_columns(task: TaskConfig) -> tuple[str, ...]:
     """
     if task.kind is TaskKind.candidates:
         return ()
-    columns = [*dict.fromkeys(_FIELD.findall(task.answer))]
+    columns = [*dict.fromkeys(FIELD.findall(task.answer))]
     if task.prepare is None:
         return tuple(columns)
     preparation = _preparation(task.prepare)
@@ -146,9 +148,7 @@ def label_index(row: Row, task: TaskConfig) -> int:
             is the true one, only ``task.labels`` can say.
     """
     value = _value(row, task.label, "task.label")
-    shown = f"{value!r}"
-    if isinstance(value, bool):
-        shown = f"{str(value).lower()}, a boolean"
+    shown = f"{str(value).lower()}, a boolean" if isinstance(value, bool) else f"{value!r}"
     if task.labels:
         text, labels = str(value).strip(), [label.strip() for label in task.labels]
         if text not in labels and text.lower() in ("true", "false"):  # JSON, pandas and spreadsheets spell them apart
@@ -160,8 +160,8 @@ def label_index(row: Row, task: TaskConfig) -> int:
             "Correct the row or task.labels."
         )
     try:
-        index = -1.0 if isinstance(value, bool) else float(str(value))
-    except ValueError:
+        index = float(str(value))
+    except ValueError:  # of a boolean, too
         index = -1.0
     if not (index.is_integer() and 0 <= index < len(task.candidates)):
         if isinstance(value, bool):
@@ -193,7 +193,7 @@ def columns_used(task: TaskConfig) -> tuple[str, ...]:
     """
     is_choice = task.kind is TaskKind.candidates
     templates = [task.template, *(task.candidates if is_choice else [task.answer])]
-    columns = {column for template in templates for column in _FIELD.findall(template)}
+    columns = {column for template in templates for column in FIELD.findall(template)}
     if task.prepare is not None:
         preparation = _preparation(task.prepare)
         columns = columns - set(preparation.makes) | set(preparation.reads)
@@ -214,7 +214,7 @@ def prepared(row: Row, task: TaskConfig) -> Row:
 
 def _written(row: Row, task: TaskConfig) -> tuple[str, ...]:
     """The template of the answer, filled with each of the answers that a column lists."""
-    key, columns = "task.answer", [*dict.fromkeys(_FIELD.findall(task.answer))]
+    key, columns = "task.answer", [*dict.fromkeys(FIELD.findall(task.answer))]
     for column in columns:
         row = _opened(row, column)
     lists = [column for column in columns if isinstance(row.get(column), list)]
@@ -244,7 +244,7 @@ def _opened(row: Row, column: str) -> Row:
 
 
 def _fill(template: str, row: Row, key: str) -> str:
-    return _FIELD.sub(lambda match: _text(row, match[1], key), template)
+    return FIELD.sub(lambda match: _text(row, match[1], key), template)
 
 
 def _text(row: Row, column: str, key: str, *, may_be_blank: bool = False) -> str:
@@ -256,8 +256,7 @@ def _text(row: Row, column: str, key: str, *, may_be_blank: bool = False) -> str
         advice = f"Name one of its fields, as in {{{column}.text}}." if named else "Flatten it first."
         raise ConfigError(f"column {column!r} ({key}) must hold text or a number, got {type(value).__name__}. {advice}")
     text = str(value).strip()
-    missing = _NO_VALUE | _NO_WORD if key == "task.template" else _NO_VALUE
-    if text == _NA or text.casefold() in missing or (isinstance(value, float) and not math.isfinite(value)):
+    if text and (text == _NA or is_missing(value, may_be_word=key != "task.template")):
         raise ConfigError(
             f"column {column!r} ({key}) holds {value!r}, which stands for a missing value. Fill it or remove the row."
         )

@@ -14,8 +14,8 @@ from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError, FedzoError, ProtocolError
 from fedzo.models.loaded import LoadedModel
 from fedzo.records.decode import decode, parse_json
-from fedzo.records.fields import MOST_READING
-from fedzo.records.scores import MOST_LOSS, MOST_NUMBERS, PartialScore, Score, known
+from fedzo.records.fields import MAX_READING
+from fedzo.records.scores import MAX_LOSS, MAX_NUMBERS, PartialScore, Score, known
 from fedzo.registry import PluginConfig, Registry, returned
 from fedzo.system import OnProgress
 
@@ -53,10 +53,10 @@ class Measure:
 
     def __post_init__(self) -> None:
         for low, high in ((self.low, self.high), *map(self.range_of, self.numbers)):
-            if not -MOST_READING <= low < high <= MOST_READING:
+            if not -MAX_READING <= low < high <= MAX_READING:
                 raise ValueError(f"a measure must have -1e15 <= low < high <= 1e15, got {low} and {high}")
-        if len({*self.numbers}) < len(self.numbers) or len(self.numbers) > MOST_NUMBERS:
-            raise ValueError(f"a measure must name at most {MOST_NUMBERS} numbers, each once, got {self.numbers}")
+        if len({*self.numbers}) < len(self.numbers) or len(self.numbers) > MAX_NUMBERS:
+            raise ValueError(f"a measure must name at most {MAX_NUMBERS} numbers, each once, got {self.numbers}")
         if self.metric in self.numbers:
             raise ValueError(f"a measure must name no number as its metric, got {self.metric}")
         if taken := sorted({*RESERVED} & {self.metric, *self.numbers}):
@@ -64,7 +64,7 @@ class Measure:
 
     def range_of(self, number: str) -> tuple[float, float]:
         """The least and the most that one of the other numbers can be."""
-        return self.numbers[number] if isinstance(self.numbers, Mapping) else (-MOST_READING, MOST_READING)
+        return self.numbers[number] if isinstance(self.numbers, Mapping) else (-MAX_READING, MAX_READING)
 
     def score(
         self, value: float, *, num_examples: int, loss: float | None = None, numbers: Mapping[str, float] | None = None
@@ -133,7 +133,7 @@ def evaluate(
         raise ConfigError(f"{where} needs at least one example, got none. Check the split's size.")
     given = evaluator.evaluate(loaded, examples, task, tokens_per_batch=tokens_per_batch, on_batch=on_batch)
     score = returned(given, Score, by=evaluator, method="evaluate")
-    _check(score, evaluator, task, most_examples=len(examples), where=where, error=ConfigError)
+    _check(score, evaluator, task, max_examples=len(examples), where=where, error=ConfigError)
     if score.numbers.keys() != {*(wanted := evaluator.measure(task).numbers)}:
         got = ", ".join(score.numbers)[:80]
         raise ConfigError(f"{where} must report the numbers {', '.join(wanted) or 'none'}, got {got or 'none'}")
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def scores_of_peer(
-    text: str, evaluators: Mapping[str, Evaluator], task: TaskConfig, *, most_examples: int
+    text: str, evaluators: Mapping[str, Evaluator], task: TaskConfig, *, max_examples: int
 ) -> dict[str, PartialScore]:
     """What a peer told of its scores, as JSON by evaluator: perhaps not of all, and not all of each.
 
@@ -149,7 +149,7 @@ def scores_of_peer(
         text: The JSON; nothing in it is trusted.
         evaluators: By name: what the peer was asked for.
         task: Of the run.
-        most_examples: How many rows the peer was asked to score at most.
+        max_examples: How many rows the peer was asked to score at most.
 
     Raises:
         ProtocolError: These are no scores, or none of what the peer was asked for.
@@ -162,9 +162,9 @@ def scores_of_peer(
     for name, evaluator in ((name, evaluator) for name, evaluator in evaluators.items() if name in plain):
         where = f"a score of {name}"
         scores[name] = decode(PartialScore, plain[name], where=where, error=ProtocolError)
-        _check(scores[name], evaluator, task, most_examples=most_examples, where=where, error=ProtocolError)
-        if not abs(scores[name].loss or 0.0) <= MOST_LOSS:
-            raise ProtocolError(f"{where} must have a |loss| of at most {MOST_LOSS:g}, got {scores[name].loss:g}")
+        _check(scores[name], evaluator, task, max_examples=max_examples, where=where, error=ProtocolError)
+        if not abs(scores[name].loss or 0.0) <= MAX_LOSS:
+            raise ProtocolError(f"{where} must have a |loss| of at most {MAX_LOSS:g}, got {scores[name].loss:g}")
     return scores
 
 
@@ -173,7 +173,7 @@ def _check(
     evaluator: Evaluator,
     task: TaskConfig,
     *,
-    most_examples: int,
+    max_examples: int,
     where: str,
     error: type[FedzoError],
 ) -> None:
@@ -181,8 +181,8 @@ def _check(
     measure = evaluator.measure(task)
     if score.metric != measure.metric or score.lower_is_better != measure.lower_is_better:
         raise error(f"{where} must be of {measure.metric}, got {score.metric:.80}")
-    if not 1 <= score.num_examples <= most_examples:
-        raise error(f"{where} must be of 1 to {most_examples} examples, got {score.num_examples}")
+    if not 1 <= score.num_examples <= max_examples:
+        raise error(f"{where} must be of 1 to {max_examples} examples, got {score.num_examples}")
     if score.value is not None and not measure.low <= score.value <= measure.high:
         raise error(f"{where} must have a value of {measure.low:g} to {measure.high:g}, got {score.value}")
     if stray_numbers := [name for name in score.numbers if name not in measure.numbers]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.data.preprocess.rephrase.words import BETWEEN, UNSPACED
+from fedzo.data.words import BETWEEN, UNSPACED
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WORD = re.compile(rf"[{UNSPACED}]|[^{BETWEEN}{UNSPACED}]+")

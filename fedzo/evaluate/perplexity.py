@@ -26,7 +26,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import mean_loss
 from fedzo.system import OnProgress
 
-_MOST_LOSS = 700.0  # exp of a little more is beyond any float
+_MAX_LOSS = 700.0  # exp of a little more is beyond any float
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +100,9 @@ def perplexity(loaded: LoadedModel, windows: torch.Tensor, *, on_window: OnProgr
     for number, (first, *rest) in enumerate(windows.tolist(), start=1):
         text = Example(prompt=(first,), candidates=(tuple(rest),), label=0)
         loss = mean_loss(loaded, [text], loss=Loss.lm, tokens_per_batch=num_tokens)
-        if not loss <= _MOST_LOSS:
+        if not loss <= _MAX_LOSS:
             raise NumericsError(
-                f"perplexity: the loss of window {number} must be finite and at most {_MOST_LOSS:g}, got {loss:g}. "
+                f"perplexity: the loss of window {number} must be finite and at most {_MAX_LOSS:g}, got {loss:g}. "
                 "Write model.dtype=float32, or take another model."
             )
         total += loss

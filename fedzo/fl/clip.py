@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedzo.records.log import AuditLine
-from fedzo.records.scores import MOST_LOSS
+from fedzo.records.scores import MAX_LOSS
 from fedzo.zo.log import RoundRecord, Scalars
 
 NO_BOUND = 0.0
@@ -90,5 +90,5 @@ def clip(g: Scalars, bound: float) -> Scalars:
 
 
 def sent_losses(losses: npt.ArrayLike) -> Scalars:
-    """Losses as a client sends them, float32: within ``MOST_LOSS``, which a model that has diverged may exceed."""
-    return np.clip(np.asarray(losses, np.float64), -MOST_LOSS, MOST_LOSS).astype(np.float32)
+    """Losses as a client sends them, float32: within ``MAX_LOSS``, which a model that has diverged may exceed."""
+    return np.clip(np.asarray(losses, np.float64), -MAX_LOSS, MAX_LOSS).astype(np.float32)

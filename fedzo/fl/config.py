@@ -160,11 +160,11 @@ class SiteLimitsConfig:
     base_digest: str = ""
     """SHA-256 of the base weights that the site accepts: ``base.weights_digest`` of the run. The site's model folder
     must have it, too. Empty = any."""
-    most_steps: int = 0
+    max_steps: int = 0
     """Maximum of local steps in a round. 0 = no limit."""
-    most_rows: int = 0
+    max_rows: int = 0
     """Maximum of training rows that a request uses: local steps times rows of a step. 0 = no limit."""
-    most_probes: int = 0
+    max_probes: int = 0
     """Maximum of probes in a local step. As many as there are trained values tell the whole gradient of the step's
     rows. 0 = no limit."""
     step_limit_s: float = 3600.0

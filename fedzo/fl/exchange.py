@@ -31,7 +31,7 @@ MESSAGE_TYPES: dict[type[Any], str] = {
 }
 """By which of Flower's message types each request travels."""
 POLL_S = 0.05
-POLL_PAUSE, MOST_PAUSE_S = 4, 1.0
+POLL_PAUSE, MAX_PAUSE_S = 4, 1.0
 """A look that found no reply is followed by a pause of so many times its length, since one for hundreds takes long, but
 not longer than that: it takes longer still while a carrier is started again."""
 NAMES_A_PULL = 64  # handed over at most: waiting for n messages then costs n, not n * n, where they come one by one
@@ -45,6 +45,10 @@ class Grid(Protocol):
     def pull_messages(self, message_ids: list[str]) -> object: ...
     def client_of(self, node: int) -> int | None:
         """Index of the client that a node plays, as the server registered it; None for a node it does not know."""
+        ...
+
+    def registered(self, clients: set[int]) -> set[int]:
+        """Those of these clients that the server knows at the moment; no node of another can come."""
         ...
 
     def wire_bytes(self) -> tuple[int, int] | None:
@@ -249,7 +253,7 @@ def converse(
             push(further)
         if not got:
             beside(answers.seconds)
-            time.sleep(min(max(POLL_S, POLL_PAUSE * looked_s), MOST_PAUSE_S))
+            time.sleep(min(max(POLL_S, POLL_PAUSE * looked_s), MAX_PAUSE_S))
     for client in sorted(set(talks) - set(answers.replies) - set(answers.refused)):
         answers.mute.add(client)
         answers.refused[client] = f"{'not done' if client in heard else 'no reply'} within {deadline_s:.3g} s"

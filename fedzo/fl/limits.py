@@ -33,28 +33,26 @@ class Limits:
         site: The site's own file.
         takes_values: Whether a server may send the trained values in place of the log, unasked.
         kept: Where the site keeps which client of the run it is; None where it may be several.
-        run_id: Names the run there.
     """
 
     run: RunConfig
     site: SiteFile
     takes_values: bool = False
     kept: KeptDigests | None = None
-    run_id: str = ""
 
     @property
-    def most_steps(self) -> int:
+    def max_steps(self) -> int:
         """Most local steps of a client in one round."""
-        return self.run.step_policy.most_steps(self.run.fl)
+        return self.run.step_policy.max_steps(self.run.fl)
 
     def check_client(self, client: int) -> None:
         """Refuse to be a client that the run does not have, or another one than before."""
         _within("client", client, 0, self.run.fl.num_clients - 1)
-        if self.kept is not None and (own := self.kept.claim(client, run=self.run_id)) != client:
+        if self.kept is not None and (own := self.kept.claim(client)) != client:
             raise SiteError(
                 Refusal.client,
                 f"the site is client {own} of this run, and client {client} is asked. If the server's list was wrong "
-                f"before, delete {self.kept.claim_file(self.run_id)} and restart the site",
+                f"before, delete {self.kept.claim_file} and restart the site",
             )
 
     def check_artifact(self, digest: str) -> None:
@@ -101,8 +99,8 @@ class Limits:
         """Refuse work that the run did not announce."""
         check_work(self.site.limits, steps=request.steps, step_rows=self.run.fl.batch_size)
         _within("round", request.round, 0, self.run.fl.rounds - 1)
-        _within("steps", request.steps, 1, self.most_steps)
-        _within("used", request.used, 0, request.round * self.most_steps)
+        _within("steps", request.steps, 1, self.max_steps)
+        _within("used", request.used, 0, request.round * self.max_steps)
         _within("lr", request.lr, 0.0, self._lr)
         _within("max_abs_g", request.max_abs_g, 0.0, self.run.strategy.scalar_bound)
 
@@ -119,7 +117,7 @@ class Limits:
             return  # its size is compared with the space's
         steps, probes, owners = record.coefficients.shape
         planned = run.estimator.probes_per_step
-        _within(f"{what} the number of steps", steps, 1, self.most_steps)
+        _within(f"{what} the number of steps", steps, 1, self.max_steps)
         _within(f"{what} the number of probes", probes, planned, planned)
         _within(f"{what} the number of owners", owners, 1, run.fl.num_clients)
         has_columns = directions_of(run.fl) != SHARED or run.server_optimizer.traits.walks_clients

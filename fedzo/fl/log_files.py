@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.records.decode import to_json
-from fedzo.records.folder import lock_file, make_folder, open_file, read_file, replace_file, told_as
+from fedzo.records.folder import lock_file, make_folder, open_file, raised_as, read_file, replace_file
 from fedzo.records.lines import RESTORE, LogLines
 from fedzo.zo.log import VectorRecord, checked_vector
 from fedzo.zo.spaces.base import Values
@@ -27,7 +27,7 @@ def writing_logs(folder: Path) -> AbstractContextManager[None]:
         "Committed rounds are safe. Free space or correct permissions, then `fedzo resume` it, or choose another with "
         "hydra.run.dir=..."
     )
-    return told_as(RunFolderError, f"run folder {folder}: it must be writable", remedy)
+    return raised_as(RunFolderError, f"run folder {folder}: it must be writable", remedy)
 
 
 class OpenLog(LogLines[L]):

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
@@ -37,6 +37,9 @@ from fedzo.records.metrics import (
     decode_metric,
 )
 from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
 
 _UNCOMMITTED = "a round that was not committed"
 M = TypeVar("M")
@@ -204,16 +207,16 @@ class RunStore(RunLog):
         )
 
 
-def best_round(store: RunLog, *, by: BestBy, evaluator: str | None) -> int:
-    """The round with an evaluator's best dev score, of equal ones the earliest; without any the last round."""
-    score = best_dev_score(store, by=by, evaluator=evaluator)
+def best_round(store: RunLog, config: RunSettings) -> int:
+    """The round with the best dev score; without any the last round."""
+    score = best_dev_score(store, config)
     return len(store.records) if score is None else score.round
 
 
-def best_dev_score(store: RunLog, *, by: BestBy, evaluator: str | None) -> CentralScore | None:
-    """An evaluator's best dev score, of equal ones the earliest."""
-    taken = store.metrics_of(CentralScore)
-    scores = [score for score in taken if score.split == "dev" and score.evaluator == evaluator]
+def best_dev_score(store: RunLog, config: RunSettings) -> CentralScore | None:
+    """The best dev score by ``evaluation.best_by`` and the first evaluator, of equal ones the earliest."""
+    taken, by = store.metrics_of(CentralScore), config.evaluation.best_by
+    scores = [score for score in taken if score.split == "dev" and score.evaluator == config.first_evaluator]
 
     def rank(score: CentralScore) -> tuple[float, float, int]:
         loss = math.inf if score.loss is None else score.loss

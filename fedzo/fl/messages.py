@@ -114,15 +114,17 @@ class Refusal(StrEnum):
         return f"refusal {self}, {self.sentence}" if self else ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """What all peers of a run must hold alike, as digests."""
 
-    config_hash: str
-    base_digest: str
-    tokenizer_digest: str
-    task_digest: str
-    architecture_digest: str = ""
+    config_hash: Digest = ""
+    base_digest: Digest = ""
+    tokenizer_digest: Digest = ""
+    task_digest: Digest = ""
+    architecture_digest: Digest = ""
+    partition_digest: Digest = ""
+    """Of which client has which rows of one set; empty where each has a set of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +144,8 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HelloReply:
-    """A client's registration. ``label_counts`` and ``stages`` are JSON; digests are of what the client holds."""
+class HelloReply(Identity):
+    """A client's registration: what it holds. ``label_counts`` and ``stages`` are JSON."""
 
     protocol: Annotated[int, Within(PROTOCOL, PROTOCOL)] = PROTOCOL
     version: Version = VERSION
@@ -166,11 +168,6 @@ class HelloReply:
     label_counts: JsonText = "{}"
     stages: JsonText = "{}"
     """What its stages tell of its rows, by name."""
-    config_hash: Digest = ""
-    base_digest: Digest = ""
-    tokenizer_digest: Digest = ""
-    task_digest: Digest = ""
-    architecture_digest: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

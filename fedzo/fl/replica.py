@@ -12,7 +12,7 @@ import numpy as np
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import Status, Sync
 from fedzo.records.log import CommittedLine, Proof
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, extend_chain
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Space
@@ -102,7 +102,7 @@ class Replica:
         self.moments.fill(0)
         self.position, self.chain = 0, EMPTY_CHAIN
 
-    def goto(self, position: int, records: Sequence[LogRecord], advance: OnProgress = untold) -> None:
+    def goto(self, position: int, records: Sequence[LogRecord], advance: OnProgress = no_progress) -> None:
         """The state after the first ``position`` records of the whole log; ``advance`` is told (records, position)."""
         if position < self.position:
             self.reset()

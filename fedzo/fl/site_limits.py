@@ -13,7 +13,7 @@ from fedzo.errors import FedzoError, OtherVersionError, ProtocolError
 from fedzo.evaluate.base import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
-from fedzo.records.scores import MOST_LOSS, PartialScore, Score
+from fedzo.records.scores import MAX_LOSS, PartialScore, Score
 from fedzo.system import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -74,13 +74,13 @@ def check_run(limits: SiteLimitsConfig, run: RunConfig, *, trainer: str | None) 
     if run.fl.label_counts and not leaves(limits, LABEL_COUNTS):
         raise SiteError(Refusal.label_counts, f"limits.answers lacks {LABEL_COUNTS}, and the run has fl.label_counts")
     probes = run.estimator.probes_per_step
-    if limits.most_probes and probes > limits.most_probes:
-        raise SiteError(Refusal.probes, f"limits.most_probes is {limits.most_probes}, and {probes} are asked")
+    if limits.max_probes and probes > limits.max_probes:
+        raise SiteError(Refusal.probes, f"limits.max_probes is {limits.max_probes}, and {probes} are asked")
     if probes == 0 and not limits.vectors:
         raise SiteError(Refusal.vectors, "limits.vectors is false, and the run's clients send update vectors")
     if probes == 0 and not leaves(limits, LOSS):
         raise SiteError(Refusal.losses, f"limits.answers lacks {LOSS}, and the run's clients send vectors with it")
-    check_work(limits, steps=run.step_policy.most_steps(run.fl), step_rows=run.fl.batch_size)
+    check_work(limits, steps=run.step_policy.max_steps(run.fl), step_rows=run.fl.batch_size)
 
 
 def check_base(limits: SiteLimitsConfig, digest: str, *, whose: str) -> None:
@@ -91,11 +91,11 @@ def check_base(limits: SiteLimitsConfig, digest: str, *, whose: str) -> None:
 
 def check_work(limits: SiteLimitsConfig, *, steps: int, step_rows: int) -> None:
     """Refuse more local steps, or more rows, than the site takes in one request; ``SiteError``."""
-    if limits.most_steps and steps > limits.most_steps:
-        raise SiteError(Refusal.steps, f"limits.most_steps is {limits.most_steps}, and {steps} are asked")
-    if limits.most_rows and steps * step_rows > limits.most_rows:
+    if limits.max_steps and steps > limits.max_steps:
+        raise SiteError(Refusal.steps, f"limits.max_steps is {limits.max_steps}, and {steps} are asked")
+    if limits.max_rows and steps * step_rows > limits.max_rows:
         asked = f"{steps} steps of {step_rows} rows are asked"
-        raise SiteError(Refusal.step_rows, f"limits.most_rows is {limits.most_rows}, and {asked}")
+        raise SiteError(Refusal.step_rows, f"limits.max_rows is {limits.max_rows}, and {asked}")
 
 
 def check_rows(limits: SiteLimitsConfig, *, num_train: int, label_counts: Mapping[str, int], num_labels: int) -> None:
@@ -162,7 +162,7 @@ def leaving(limits: SiteLimitsConfig, score: Score, *, num_labels: int) -> Parti
     part = PartialScore(
         metric=score.metric,
         value=score.value if leaves(limits, score.metric) else None,
-        loss=max(-MOST_LOSS, min(score.loss, MOST_LOSS)) if score.loss is not None and leaves(limits, LOSS) else None,
+        loss=max(-MAX_LOSS, min(score.loss, MAX_LOSS)) if score.loss is not None and leaves(limits, LOSS) else None,
         num_examples=score.num_examples,
         per_class=score.per_class if classes else {},
         numbers={name: number for name, number in score.numbers.items() if leaves(limits, name)},

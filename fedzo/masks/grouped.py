@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
-from itertools import count
 
 import torch
 from torch import nn
@@ -63,32 +62,32 @@ def choose_most_sensitive(
     """
     sizes = {name: each.numel() for name, each in parameters.items()}
     needed = _SUM_BYTES * sum(sizes.values())
-    at_once = 2 * needed <= memory_bytes
-    groups = [[*parameters]] if at_once else plan_groups(sizes, memory_bytes)
-    if not at_once:
-        if together and needed > (room := memory_bytes if _is_cpu(parameters) else host_bytes):
-            raise _too_little("of all eligible weights", needed, room, "trainer.granularity=per_tensor")
-        if (at_places := _PLACE_BYTES * num_chosen) > memory_bytes:
-            raise _too_little("of the chosen weights", at_places, memory_bytes, "a lower trainer.density")
-        logger.warning(
-            "mask: the sums of %d tensors do not fit into %.0f MiB at once, so calibration passes over its text %d "
-            "times",
-            len(parameters),
-            memory_bytes / 2**20,
-            len(groups) + 1,
-        )
-    done, total = count(1), (len(groups) + (not at_once)) * len(windows)
-    gradients = WindowGradients(model, windows, loss_fn, lambda: on_window(next(done), total))
+    if 2 * needed <= memory_bytes:
+        squares, signed = WindowGradients(model, windows, loss_fn, on_window).sums(parameters)
+        chosen = _chosen_of(choose, squares)
+        return chosen, {name: signed[name][flat] for name, flat in chosen.items()}
+
+    groups = plan_groups(sizes, memory_bytes)
+    if together and needed > (room := memory_bytes if _is_cpu(parameters) else host_bytes):
+        raise _too_little("of all eligible weights", needed, room, "trainer.granularity=per_tensor")
+    if (at_places := _PLACE_BYTES * num_chosen) > memory_bytes:
+        raise _too_little("of the chosen weights", at_places, memory_bytes, "a lower trainer.density")
+    passes = len(groups) + 1
+    logger.warning(
+        "mask: the sums of %d tensors do not fit into %.0f MiB at once, so calibration passes over its text %d times",
+        len(parameters),
+        memory_bytes / 2**20,
+        passes,
+    )
+    gradients = WindowGradients(model, windows, loss_fn, on_window, passes)
     chosen, waiting = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for group in groups:
-        squares, signed = gradients.sums({name: parameters[name] for name in group}, signed=at_once)
-        if together and not at_once:
+        squares = gradients.sums({name: parameters[name] for name in group}, signed=False).squares
+        if together:
             waiting |= {name: each.cpu() for name, each in squares.items()}
         else:
             chosen |= _chosen_of(choose, squares)
         del squares  # or they would be held beside the next
-    if at_once:
-        return chosen, {name: signed[name][flat] for name, flat in chosen.items()}
     if together:
         chosen = _chosen_of(choose, waiting)
     places = {name: flat.to(parameters[name].device) for name, flat in chosen.items()}

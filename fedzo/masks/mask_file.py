@@ -23,14 +23,14 @@ from fedzo.errors import ConfigError, RunFolderError
 from fedzo.masks.mask import Mask, canonical, little_endian
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.fields import Hash, Length, Within, Words
-from fedzo.records.folder import replace_file, told_as
+from fedzo.records.folder import raised_as, replace_file
 
 FORMAT = 1
 _KEY = "fedzo_mask"
 _MAX_INT32, _MAX_INT64 = 2**31 - 1, 2**63 - 1
-_MOST_AXES = 64  # of a tensor in torch
+_MAX_AXES = 64  # of a tensor in torch
 _INDICES, _GRADIENT = {"I32", "I64"}, {"F32"}
-Shape = Annotated[tuple[Annotated[int, Within(1, _MAX_INT64)], ...], Length(0, _MOST_AXES)]
+Shape = Annotated[tuple[Annotated[int, Within(1, _MAX_INT64)], ...], Length(0, _MAX_AXES)]
 Layout = Annotated[tuple[tuple[Words, Shape], ...], Length(1, 1 << 20)]
 
 
@@ -58,7 +58,7 @@ def save_mask(mask: Mask, path: Path) -> None:
     """
     path = Path(path)
     data = _encode(mask)
-    with told_as(RunFolderError, f"mask file {path}: it must be writable", "Choose another place."):
+    with raised_as(RunFolderError, f"mask file {path}: it must be writable", "Choose another place."):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, data, durable=True)
 
@@ -70,7 +70,7 @@ def load_mask(path: Path) -> Mask:
         ConfigError: No such file, or not a sound mask: it is cut short, corrupt, or holds impossible indices.
     """
     source, make = f"mask file {path}", "Make one with `fedzo mask --out FILE`."
-    with told_as(ConfigError, f"{source}: it must be readable", make):
+    with raised_as(ConfigError, f"{source}: it must be readable", make):
         Path(path).open("rb").close()  # safe_open calls each file that it cannot open a missing one
         try:
             with safe_open(path, framework="pt") as file:

@@ -25,7 +25,7 @@ from fedzo.masks.grouped import choose_most_sensitive
 from fedzo.masks.mask import Mask
 from fedzo.masks.ranking import ScoreFn, largest
 from fedzo.masks.sensitivity import LossFn, next_token_loss
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 from fedzo.zo.directions import lots, stream_key
 
 
@@ -58,7 +58,7 @@ def select_mask(
     windows: Sequence[torch.Tensor] = (),
     seed: int = 0,
     loss_fn: LossFn | None = None,
-    on_window: OnProgress = untold,
+    on_window: OnProgress = no_progress,
     base_digest: str | None = None,
     among: Container[str] | None = None,
     memory_bytes: float = math.inf,

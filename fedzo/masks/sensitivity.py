@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedzo.errors import NumericsError
+from fedzo.system import OnProgress, no_progress
 
 LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 """``loss_fn(model, input_ids [1, num_tokens])``: a scalar."""
@@ -33,7 +35,7 @@ class GradientSums(NamedTuple):
     signed: dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WindowGradients:
     """The gradients of a model on windows of text.
 
@@ -45,13 +47,16 @@ class WindowGradients:
         model: The model.
         windows: Token ids, int64 [num_tokens] each.
         loss_fn: The loss of a window.
-        on_window: Called after each window.
+        on_window: Called after each window with (windows done, windows in all), all passes counted.
+        passes: How many passes there will be.
     """
 
     model: nn.Module
     windows: Sequence[torch.Tensor]
     loss_fn: LossFn
-    on_window: Callable[[], None]
+    on_window: OnProgress = no_progress
+    passes: int = 1
+    _done: Iterator[int] = field(default_factory=lambda: count(1), init=False)
 
     def sums(
         self,
@@ -105,11 +110,11 @@ class WindowGradients:
                 loss = self.loss_fn(model, window.to(device).unsqueeze(0))
                 if not bool(loss.isfinite()):
                     raise NumericsError(
-                        f"trainer.calibration: the loss of calibration window {number} must be finite, got "
-                        f"{loss.item()}. Load the model in float32 or bfloat16."
+                        f"calibration window {number}: its loss must be finite, got {loss.item()}. Load the model in "
+                        "float32 or bfloat16."
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
-                self.on_window()
+                self.on_window(next(self._done), self.passes * len(self.windows))
 
 
 def _zeros(like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

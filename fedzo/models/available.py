@@ -33,7 +33,7 @@ TORCH_DTYPES = {
     DType.float16: torch.float16,
     DType.auto: torch.float32,  # until the site has measured
 }
-_MOST_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000
 """That safetensors itself takes; the first bytes of another format can name any length."""
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
@@ -101,7 +101,7 @@ def check_room(config: ModelConfig, held: Held, device: torch.device) -> None:
     if 2 * held.total > free:
         gc.collect()  # a model that was let go is in reference cycles, and would stay beside this one
         free = available_memory_bytes(device)
-    if device.type != "cuda" and must_copy > (most := most_memory_bytes()):
+    if device.type != "cuda" and must_copy > (most := max_memory_bytes()):
         raise ConfigError(
             f"model.name {config.name!r}: the memory of {device} must hold the weights in {config.dtype}, which take "
             f"{must_copy / 2**20:,.0f} MiB, but has {most / 2**20:,.0f} MiB in all, swap included. "
@@ -144,7 +144,7 @@ def available_memory_bytes(device: torch.device) -> int:
     return max(0, min(left))
 
 
-def most_memory_bytes() -> float:
+def max_memory_bytes() -> float:
     """Bytes that this process could ever get, swap included; infinite where swap grows as it is needed."""
     if sys.platform != "linux":
         return math.inf
@@ -177,7 +177,7 @@ def _header(file: Path) -> dict[str, Any]:
     """Of each tensor, what a safetensors file says before its bytes."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
-        header: dict[str, Any] = json.loads(opened.read(size) if size <= _MOST_HEADER_BYTES else b"")
+        header: dict[str, Any] = json.loads(opened.read(size) if size <= _MAX_HEADER_BYTES else b"")
     header.pop("__metadata__", None)
     return header
 

@@ -31,7 +31,7 @@ from fedzo.zo.perturb import PerturbedWeights, probe_of
 
 log = logging.getLogger(__name__)
 
-_MOST_GRAPHS = 64
+_MAX_GRAPHS = 64
 _NUM_COMPARED = 3  # runs of a graph, which count as eager ones: with the forward before it, they are two whole probes
 NUM_EAGER = 1 + _NUM_COMPARED
 """Forwards of a shape that run eagerly, all or beside its graph, before its graph runs alone."""
@@ -196,7 +196,7 @@ class Captures:
             if probe:
                 with probe.afresh(_LARGE):
                     _compare(captured.run(inputs, probe), work(*inputs))
-            if len(self._graphs) > _MOST_GRAPHS:
+            if len(self._graphs) > _MAX_GRAPHS:
                 oldest, _ = self._graphs.popitem(last=False)
                 self._seen.discard(oldest)
         captured = self._graphs[key]

@@ -48,23 +48,18 @@ def check_finite(model: nn.Module, files: Iterable[Path], *, name: str) -> None:
     parameters = list(model.named_parameters())
     packed = any(_is_packed(each) for _, each in parameters)
     bad = [] if packed else [(own, each) for own, each in parameters if not _is_finite(each)]
-    if not (bad or packed):
-        return
-    stored = [
-        f"{key} in {file.name}" for file in files if file.suffix == ".safetensors" for key in _not_finite_in(file)
-    ]
-    if not (stored or bad):
-        return
-    if stored:
+    searched = [file for file in files if file.suffix == ".safetensors"] if bad or packed else []
+    if stored := [f"{key} in {file.name}" for file in searched for key in _not_finite_in(file)]:
         raise ConfigError(
             f"model.name {name!r} must hold finite weights, but NaN or infinity stands in {some(stored)}. Copy the "
             "files again, or take another checkpoint: this one was damaged or diverged."
         )
-    held = str(bad[0][1].dtype).removeprefix("torch.")
-    raise ConfigError(
-        f"model.name {name!r} must hold finite weights, but {some([own for own, _ in bad])} holds NaN or infinity "
-        f"in {held}. Write model.dtype=float32 if the files hold numbers that {held} cannot; else copy them again."
-    )
+    if bad:
+        held = str(bad[0][1].dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"model.name {name!r} must hold finite weights, but {some([own for own, _ in bad])} holds NaN or infinity "
+            f"in {held}. Write model.dtype=float32 if the files hold numbers that {held} cannot; else copy them again."
+        )
 
 
 def check_tokens(model: nn.Module, tokenizer: Any, *, name: str) -> None:

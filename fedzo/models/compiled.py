@@ -16,7 +16,7 @@ from fedzo.errors import ConfigError
 from fedzo.models.checks import mismatch, some_ids
 from fedzo.models.plan import bucketed_width
 
-_MOST_GRAPHS = 1 << 10  # torch gives up after 8 by default; lengths and rows have a few dozen buckets together
+_MAX_GRAPHS = 1 << 10  # torch gives up after 8 by default; lengths and rows have a few dozen buckets together
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class CompiledDecoder:
 
     def __call__(self, *, input_ids: torch.Tensor) -> Any:
         """The decoder's output for ids int64 [B, T]; a new shape is compiled first, which takes seconds to minutes."""
-        limits = {"recompile_limit": _MOST_GRAPHS, "accumulated_recompile_limit": _MOST_GRAPHS}
+        limits = {"recompile_limit": _MAX_GRAPHS, "accumulated_recompile_limit": _MAX_GRAPHS}
         with cast(Any, torch)._dynamo.config.patch(**limits):
             return self.run(input_ids=input_ids)
 

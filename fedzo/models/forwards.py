@@ -13,12 +13,12 @@ import torch
 
 from fedzo.data.encode import Example
 from fedzo.models.arithmetic import MEASURED, Arithmetic
-from fedzo.models.cache import run_answers, run_prompts
 from fedzo.models.head import hidden_at, own_logits_at
 from fedzo.models.kept_rows import Read
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
 from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
+from fedzo.models.shared_prompts import run_answers, run_prompts
 from fedzo.models.virtual_tokens import num_virtual_tokens
 from fedzo.system import OnProgress, consecutive
 from fedzo.zo.spaces.base import Space

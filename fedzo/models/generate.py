@@ -108,9 +108,9 @@ def generate_tokens(
     answers: list[list[int]] = [[] for _ in prompts]
     num_done = 0
     lengths = [virtual + len(prompt) + max_new_tokens for prompt in prompts]
-    # padding would lie between virtual tokens and text, and use up a sliding window: then no batch has any
     if before is not None and prompts:
-        before([0])
+        before([0])  # whose weights the row of ``_ignores_padding`` has
+    # padding would lie between virtual tokens and text, and use up a sliding window: then no batch has any
     padded = virtual == 0 and len(set(lengths)) > 1 and _ignores_padding(loaded, pad)
     changes = {} if change is None else {"logits_processor": LogitsProcessorList([change])}
     most = max(1, int(tokens_per_batch / max(1.0, cache_tokens(loaded.model))))  # of each, keys and values are kept

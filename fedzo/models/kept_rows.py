@@ -46,7 +46,7 @@ class RowStates:
     """States of single texts, kept for as long as the weights that made them are what they were; the first stay.
 
     Attributes:
-        most_bytes: What they may take together.
+        max_bytes: What they may take together.
         num_nones: As of the block's ``Output``.
         reads_alone: Whether what is computed behind the blocks takes each position alone, as a norm does: then only the
             positions that are read are kept, and a text needs no others.
@@ -56,7 +56,7 @@ class RowStates:
         by_text: The states [T, H] of texts, or [num_positions, H] of what is read of them.
     """
 
-    most_bytes: int
+    max_bytes: int
     num_nones: int | None = None
     reads_alone: bool = False
     num_bytes: int = 0
@@ -83,7 +83,7 @@ class RowStates:
         return [made[text] if text in made else self.by_text[text] for text in texts]
 
     def _put(self, text: Tokens | Read, states: torch.Tensor) -> None:
-        self.is_full |= self.num_bytes + states.nbytes > self.most_bytes
+        self.is_full |= self.num_bytes + states.nbytes > self.max_bytes
         if not self.is_full:  # from then on nothing: what is kept depends on what came first alone
             self.by_text[text] = states
             self.num_bytes += states.nbytes

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 
 from fedzo.errors import ConfigError
 from fedzo.models.available import TORCH_DTYPES, check_room, held_bytes, ways_to_fit
-from fedzo.models.cache import check_cache
 from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions, positions_alone
 from fedzo.models.compiled import compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
@@ -31,6 +30,7 @@ from fedzo.models.digest import (
 )
 from fedzo.models.head import check_head
 from fedzo.models.loaded import LoadedModel
+from fedzo.models.shared_prompts import check_cache
 from fedzo.models.sketched.folder import MANIFEST, check_tensors, read_manifest
 from fedzo.models.sketched.layers import stored_state
 from fedzo.models.source import (

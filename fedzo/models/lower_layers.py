@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """What is computed with a model, from ids int64 [B, T]: for each position its numbers."""
 Moved = Callable[[], AbstractContextManager[None]]
-MOST_STEP_BYTES = 1 << 28
+MAX_STEP_BYTES = 1 << 28
 """Of states that one step keeps; batches beyond run whole in each forward."""
 
 
@@ -83,7 +83,7 @@ class LowerLayers:
         """
         if self.rows is None or not (num_rows and visits):  # a simulation may not know the rows of its clients
             return 0.0
-        fit = min(1.0, self.rows.most_bytes / (row_bytes * num_rows))
+        fit = min(1.0, self.rows.max_bytes / (row_bytes * num_rows))
         return fit * (1 - num_rows / visits)
 
     @property
@@ -93,7 +93,7 @@ class LowerLayers:
 
     def kept_bytes(self, num_tokens: int, *, token_bytes: int) -> int:
         """Most bytes that a step on so many tokens keeps, and all steps and all scores together."""
-        return min(MOST_STEP_BYTES, num_tokens * token_bytes) + (2 * self.rows.most_bytes if self.rows else 0)
+        return min(MAX_STEP_BYTES, num_tokens * token_bytes) + (2 * self.rows.max_bytes if self.rows else 0)
 
     def states(self, ids: torch.Tensor, texts: Sequence[Tokens]) -> Output:
         """What the last of the blocks gives for ids int64 [B, T]; their first rows are ``texts``."""
@@ -181,7 +181,7 @@ class StepStates:
         output = self._by_batch.get(key)
         if output is None:
             output = make()
-            if self.repeats and self._num_bytes + output.states.nbytes <= MOST_STEP_BYTES:
+            if self.repeats and self._num_bytes + output.states.nbytes <= MAX_STEP_BYTES:
                 self._by_batch[key] = output
                 self._num_bytes += output.states.nbytes
         return output

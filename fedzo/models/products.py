@@ -9,7 +9,7 @@ where products turn out to be float32's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -60,18 +60,14 @@ def product_is_chosen() -> bool:
     return torch.get_float32_matmul_precision() == _ONEDNN
 
 
-@contextmanager
-def default_product() -> Iterator[None]:
+def default_product() -> AbstractContextManager[None]:
     """Products as PyTorch makes them by itself, to compare with."""
-    with _permission(_DEFAULT):
-        yield
+    return _permission(_DEFAULT)
 
 
-@contextmanager
-def use_products(products: RoundedProducts | None) -> Iterator[None]:
+def use_products(products: RoundedProducts | None) -> AbstractContextManager[None]:
     """Rounded products within; ``None`` leaves them as they are."""
-    with _permission(products.precision) if products else nullcontext():
-        yield
+    return _permission(products.precision) if products else nullcontext()
 
 
 @contextmanager

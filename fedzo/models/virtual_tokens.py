@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fedzo.errors import ConfigError
-from fedzo.models.cache import read_only
 from fedzo.models.checks import mismatch, num_positions, some_ids
+from fedzo.models.shared_prompts import read_only
 from fedzo.system import is_out_of_memory
 
 if TYPE_CHECKING:

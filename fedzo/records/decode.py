@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 
 from fedzo.errors import FedzoError
 from fedzo.records.codec import codec_of
-from fedzo.records.folder import read_file, told_as
+from fedzo.records.folder import raised_as, read_file
 from fedzo.records.values import MismatchError
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def read_record(kind: type[T], folder: Path, name: str, *, error: type[FedzoErro
         RunFolderError: The file, or a folder on the way to it, is a link, or it is no regular file.
     """
     where = str(folder / name)
-    with told_as(error, f"{where}: it must be readable", remedy):
+    with raised_as(error, f"{where}: it must be readable", remedy):
         try:
             text = read_file(folder, name)
         except FileNotFoundError:

@@ -58,19 +58,19 @@ class OmitDefault:
     """A field that is left out where it has its default."""
 
 
-MOST_ROUNDS, MOST_STEPS, MOST_OWNERS = 0xFFFFFFFF, 0xFFFF, 0x7FFF
+MAX_ROUNDS, MAX_STEPS, MAX_OWNERS = 0xFFFFFFFF, 0xFFFF, 0x7FFF
 """The most rounds, steps (and probes), and owners, that a record of the log can count."""
-MOST_CLIENTS = 1 << 20
+MAX_CLIENTS = 1 << 20
 """The most clients that a line tells of."""
-MOST_TEXT = 1000
+MAX_TEXT = 1000
 """The longest text that a peer's words or a file bring along, in characters."""
 _LARGEST = sys.float_info.max
 
 Client = Annotated[int, Within(0, 0xFFFFFFFD)]
 """A client's index; the two numbers above it stand for all clients and for a pool of directions."""
-RoundNumber = Annotated[int, Within(0, MOST_ROUNDS)]
+RoundNumber = Annotated[int, Within(0, MAX_ROUNDS)]
 """A round, from 0, or how many are done."""
-Steps = Annotated[int, Within(1, MOST_STEPS)]
+Steps = Annotated[int, Within(1, MAX_STEPS)]
 Count = Annotated[int, Within(0, 1 << 53)]
 """Bytes, rows or weights."""
 Check = Annotated[int, Within(0, 0xFFFFFFFF)]
@@ -78,8 +78,8 @@ Check = Annotated[int, Within(0, 0xFFFFFFFF)]
 Real = Annotated[float, Within(-_LARGEST, _LARGEST)]
 """Any finite number."""
 Magnitude = Annotated[float, Within(0.0, _LARGEST)]
-MOST_READING = 1e15
-Reading = Annotated[float, Within(-MOST_READING, MOST_READING)]
+MAX_READING = 1e15
+Reading = Annotated[float, Within(-MAX_READING, MAX_READING)]
 """What an evaluator reads off a model: so far from the largest float that no mean or sum overflows."""
 Seconds = Annotated[float, Within(0.0, 1e12)]
 Share = Annotated[float, Within(0.0, 1.0)]
@@ -90,9 +90,9 @@ Hash = Annotated[str, Matching(HASH, "64 hexadecimal digits")]
 HashOrEmpty = Annotated[str, Matching(re.compile(f"{HASH.pattern}|"), "64 hexadecimal digits")]
 Name = Annotated[str, Length(1, 200)]
 PluginName = Annotated[str, Matching(re.compile("[A-Za-z_][A-Za-z0-9_-]{0,99}"), "a plugin's name")]
-Words = Annotated[str, Length(0, MOST_TEXT)]
-Clients = Annotated[tuple[Client, ...], Length(0, MOST_CLIENTS)]
-Series = Annotated[tuple[Real | None, ...], Length(1, MOST_STEPS)]
+Words = Annotated[str, Length(0, MAX_TEXT)]
+Clients = Annotated[tuple[Client, ...], Length(0, MAX_CLIENTS)]
+Series = Annotated[tuple[Real | None, ...], Length(1, MAX_STEPS)]
 """One number a local step; None where unknown."""
 LabelCounts = Annotated[dict[Annotated[str, Length(0, 200)], Count], Length(0, 1 << 16)]
 """Rows by label."""
@@ -101,16 +101,14 @@ Figures = Annotated[
     Length(0, 64),
 ]
 """What preprocess stages tell of a client's rows, by name."""
-Scalars = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MOST_STEPS, MOST_STEPS))]
+Scalars = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MAX_STEPS, MAX_STEPS))]
 """One number a step and probe, [T, P]."""
-MeasuredScalars = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MOST_STEPS, MOST_STEPS), unknown=True)]
+MeasuredScalars = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MAX_STEPS, MAX_STEPS), unknown=True)]
 """As ``Scalars``; nan where nothing finite was measured."""
-MeasuredSteps = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MOST_STEPS,), unknown=True)]
+MeasuredSteps = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MAX_STEPS,), unknown=True)]
 """One number a local step, [T]; nan where nothing finite was measured."""
-Flags = Annotated[npt.NDArray[np.bool_], ArrayShape("bool", (MOST_STEPS, MOST_STEPS))]
-Columns = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MOST_STEPS, MOST_STEPS, MOST_OWNERS))]
+Flags = Annotated[npt.NDArray[np.bool_], ArrayShape("bool", (MAX_STEPS, MAX_STEPS))]
+Columns = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MAX_STEPS, MAX_STEPS, MAX_OWNERS))]
 """One number a step, probe and owner, [T, P, owners]."""
-Products = Annotated[
-    npt.NDArray[np.float64], ArrayShape("float64", (MOST_STEPS, MOST_STEPS, MOST_OWNERS), unknown=True)
-]
+Products = Annotated[npt.NDArray[np.float64], ArrayShape("float64", (MAX_STEPS, MAX_STEPS, MAX_OWNERS), unknown=True)]
 """Inner products by step, probe and owner (or 1 for all of them); nan where not finite."""

@@ -11,7 +11,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -35,10 +35,11 @@ MULTIRUN = "multirun.yaml"
 REPORT, LOG, CLIENTS_LOG = "report.html", "fedzo.log", "logs/clients.log"
 """The page, warnings of the run, and what clients in processes of their own, on the server's machine, tell."""
 _LOOK_S = 0.05
+_NOBODY = 65534  # as whom a container shows a user of its host that has no number in it
 
 
 @contextmanager
-def told_as(kind: type[FedzoError], rule: str, remedy: str = "") -> Iterator[None]:
+def raised_as(kind: type[FedzoError], rule: str, remedy: str = "") -> Iterator[None]:
     """Raise an error of the system as one of fedzo's; what is fedzo's already is let through as it is.
 
     Args:
@@ -57,6 +58,8 @@ def told_as(kind: type[FedzoError], rule: str, remedy: str = "") -> Iterator[Non
 def open_file(folder: Path, name: str, flags: int = os.O_RDONLY, *, mode: int = 0o666) -> int:
     """A descriptor of a regular file below a folder; the folder itself may be reached by a link.
 
+    A file that root makes belongs to the owner of the folder that it lies in.
+
     Args:
         folder: The run folder.
         name: Of the file in it, such as ``vectors/ab12``.
@@ -74,7 +77,7 @@ def open_file(folder: Path, name: str, flags: int = os.O_RDONLY, *, mode: int = 
             outer, room = room, os.open(inner, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=room)
             os.close(outer)
         # without waiting: a pipe would never open
-        opened = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode, dir_fd=room)
+        opened = _open_in(room, last, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
     except OSError:
         for depth in range(len(rooms) + 1):
             refuse_link(folder.joinpath(*rooms[:depth], [*rooms, last][depth]))
@@ -87,6 +90,17 @@ def open_file(folder: Path, name: str, flags: int = os.O_RDONLY, *, mode: int = 
     return opened
 
 
+def _open_in(room: int, name: str, flags: int, mode: int) -> int:
+    while flags & os.O_CREAT:
+        with suppress(FileExistsError):
+            made = os.open(name, flags | os.O_EXCL, mode, dir_fd=room)
+            keep_owner(made, os.fstat(room))
+            return made
+        with suppress(FileNotFoundError):  # another process has just removed it
+            return os.open(name, flags & ~os.O_CREAT, dir_fd=room)
+    return os.open(name, flags, dir_fd=room)
+
+
 def read_file(folder: Path, name: str) -> bytes:
     """All of a file of a run folder; errors as in ``open_file``."""
     with os.fdopen(open_file(folder, name), "rb") as file:
@@ -95,6 +109,8 @@ def read_file(folder: Path, name: str) -> bytes:
 
 def replace_file(path: Path, content: str | bytes, *, durable: bool = False, mode: int = 0o666) -> None:
     """Write a file: all of it, or what was there stays. A link in its place is replaced, not followed.
+
+    A file that root replaces keeps its owner, and a new one belongs to the owner of its folder.
 
     Args:
         path: The file.
@@ -110,6 +126,10 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = False, mod
         part.unlink(missing_ok=True)
         opened = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)  # never what lies there already
         with os.fdopen(opened, "wb") as file:
+            replaced = None
+            with suppress(FileNotFoundError):
+                replaced = path.lstat()
+            keep_owner(opened, path.parent.stat(), replaced)
             file.write(content.encode() if isinstance(content, str) else content)
             if durable:
                 file.flush()
@@ -131,16 +151,52 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def make_folder(folder: Path) -> Path:
-    """A folder to write into, made if it is not there.
+def make_folder(folder: Path, *, mode: int = 0o777) -> Path:
+    """A folder to write into, made if it is not there; one that root makes belongs to the owner of the folder above it.
+
+    So do folders above it that are missing, too.
+
+    Args:
+        folder: The folder.
+        mode: Who may do what with it if it is made, less what the process's umask takes away.
 
     Raises:
         RunFolderError: It is a link.
         OSError: It cannot be made.
     """
     refuse_link(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    try:
+        folder.mkdir(mode)
+    except OSError:  # a read-only file system may say so of a folder that is there
+        if not folder.is_dir():
+            raise
+        return folder
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        keep_owner(opened, folder.parent.stat())
+    finally:
+        os.close(opened)
     return folder
+
+
+def keep_owner(opened: int, folder: os.stat_result, replaced: os.stat_result | None = None) -> None:
+    """Have what root has made belong to the owner of what it replaces, or else of its folder.
+
+    A service, which is another user, can then read its own files, also when somebody has called a command by ``sudo``.
+    In a folder that everybody may write into, anybody may have put there what is replaced: nothing is given away.
+
+    Args:
+        opened: What was made.
+        folder: In which it lies.
+        replaced: What had its name before, if anything.
+    """
+    owner = replaced or folder
+    if os.geteuid() != 0 or folder.st_mode & stat.S_IWOTH or owner.st_uid in (0, _NOBODY):
+        return
+    with suppress(OSError):  # of a file system that knows no owners
+        os.fchown(opened, owner.st_uid, owner.st_gid)
 
 
 @contextmanager
@@ -205,6 +261,6 @@ def refuse_link(path: Path) -> None:
     """Raise ``RunFolderError`` where a path is a link."""
     if path.is_symlink():
         raise RunFolderError(
-            f"{path}: it must lie in the run folder itself, got a link to {path.readlink()}. Links in a run folder "
-            "are not followed. Put a copy of what it leads to in its place."
+            f"{path}: it must lie in its folder itself, got a link to {path.readlink()}. Links there are not "
+            "followed. Put a copy of what it leads to in its place."
         )

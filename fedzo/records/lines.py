@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeVar, overload
 
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import parse_json
-from fedzo.records.folder import open_file, told_as
+from fedzo.records.folder import open_file, raised_as
 
 L = TypeVar("L")
 RESTORE = "Restore the file from a copy."
@@ -113,7 +113,7 @@ def from_end(folder: Path, name: str, decode: Callable[..., L]) -> Iterator[L]:
 def _opened(folder: Path, name: str) -> Iterator[BinaryIO]:
     """A log for reading; ``RunFolderError`` where it is not there, cannot be read or is a link."""
     with (
-        told_as(RunFolderError, f"{folder / name}: it must be there and readable", RESTORE),
+        raised_as(RunFolderError, f"{folder / name}: it must be there and readable", RESTORE),
         os.fdopen(open_file(folder, name), "rb") as file,
     ):
         yield file

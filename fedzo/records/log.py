@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from fedzo.errors import FedzoError
 from fedzo.records.decode import decode
 from fedzo.records.fields import (
-    MOST_CLIENTS,
-    MOST_OWNERS,
+    MAX_CLIENTS,
+    MAX_OWNERS,
     Check,
     Client,
     Clients,
@@ -61,7 +61,7 @@ class PublicLine(Proof):
     first: ClassVar[tuple[str, ...]] = ("round", "lr", "owners", "directions", "c", "attendance")
     round: RoundNumber
     lr: LearningRate
-    owners: Annotated[tuple[Annotated[int, Within(0, 0xFFFFFFFE)] | Literal["shared"], ...], Length(1, MOST_OWNERS)]
+    owners: Annotated[tuple[Annotated[int, Within(0, 0xFFFFFFFE)] | Literal["shared"], ...], Length(1, MAX_OWNERS)]
     directions: Annotated[Directions, OmitDefault()] = 0
     c: Columns
     attendance: Clients
@@ -144,7 +144,7 @@ class AuditLine:
     round: RoundNumber
     lr: LearningRate
     xi: Products | None
-    clients: Annotated[tuple[ClientAudit, ...], Length(0, MOST_CLIENTS)]
+    clients: Annotated[tuple[ClientAudit, ...], Length(0, MAX_CLIENTS)]
     refused: Clients
 
     def __post_init__(self) -> None:
@@ -190,7 +190,7 @@ class VectorAuditLine:
     kind: ClassVar[str] = "vectors"
     round: RoundNumber
     lr: LearningRate
-    clients: Annotated[tuple[VectorAudit, ...], Length(0, MOST_CLIENTS)]
+    clients: Annotated[tuple[VectorAudit, ...], Length(0, MAX_CLIENTS)]
     refused: Clients
 
 

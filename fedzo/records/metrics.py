@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from fedzo.errors import FedzoError
 from fedzo.records.decode import decode
 from fedzo.records.fields import (
-    MOST_CLIENTS,
+    MAX_CLIENTS,
     Client,
     Clients,
     Count,
@@ -106,7 +106,7 @@ class Setup:
     space_size: Count
     setup_down_bytes: Count
     estimate: Estimate | None
-    clients: Annotated[tuple[ClientSetup, ...], Length(0, MOST_CLIENTS)]
+    clients: Annotated[tuple[ClientSetup, ...], Length(0, MAX_CLIENTS)]
     cut_rows: Annotated[dict[Name, tuple[Count, Count]], Length(0, 4), OmitDefault()] = field(default_factory=dict)
     forwards_per_step: Annotated[Count | None, OmitDefault()] = None
     prepare_seconds: Annotated[Seconds | None, OmitDefault()] = None
@@ -176,8 +176,8 @@ class Round:
     clip_bound: Magnitude | None
     clipped: Count
     absent: Clients
-    reasons: Annotated[dict[Client, Words], Length(0, MOST_CLIENTS)]
-    clients: Annotated[tuple[ClientRound, ...], Length(0, MOST_CLIENTS)]
+    reasons: Annotated[dict[Client, Words], Length(0, MAX_CLIENTS)]
+    clients: Annotated[tuple[ClientRound, ...], Length(0, MAX_CLIENTS)]
     wire_up_bytes: WireCount = None
     wire_down_bytes: WireCount = None
 
@@ -200,7 +200,7 @@ class StepDecision:
     seconds: Seconds
     round: RoundNumber
     windows: Annotated[dict[Name, tuple[Count, Count]], Length(0, 100)] | None
-    clients: Annotated[tuple[ClientVerdict, ...], Length(0, MOST_CLIENTS)]
+    clients: Annotated[tuple[ClientVerdict, ...], Length(0, MAX_CLIENTS)]
     fallback: bool
 
 
@@ -245,7 +245,7 @@ class FederatedScore(PartialScore):
     message_up_bytes: Count = field(default=0, kw_only=True)
     message_down_bytes: Count = field(default=0, kw_only=True)
     worst_client: Reading | None = field(kw_only=True)
-    clients: Annotated[tuple[ClientScore, ...], Length(1, MOST_CLIENTS)] = field(kw_only=True)
+    clients: Annotated[tuple[ClientScore, ...], Length(1, MAX_CLIENTS)] = field(kw_only=True)
 
     @property
     def worst_first(self) -> tuple[tuple[int, float], ...]:
@@ -282,7 +282,7 @@ class FlaggedClient:
 class Flagged:
     """Whom the last decision on who stops early flagged; ``fallback``: too many, so that none of them does."""
 
-    flagged: Annotated[tuple[FlaggedClient, ...], Length(0, MOST_CLIENTS)]
+    flagged: Annotated[tuple[FlaggedClient, ...], Length(0, MAX_CLIENTS)]
     fallback: bool
 
 

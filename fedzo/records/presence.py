@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fedzo.records.decode import to_json
-from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, OmitDefault, RoundNumber, Seconds, Words
+from fedzo.records.fields import MAX_CLIENTS, Client, Length, Matching, OmitDefault, RoundNumber, Seconds, Words
 from fedzo.records.folder import PRESENCE, replace_file
 
 PRESENCE_S = 2.0
@@ -51,7 +51,7 @@ class Presence:
     """
 
     round: RoundNumber
-    clients: Annotated[tuple[ClientPresence, ...], Length(0, MOST_CLIENTS)]
+    clients: Annotated[tuple[ClientPresence, ...], Length(0, MAX_CLIENTS)]
     round_seconds: Annotated[Seconds | None, OmitDefault()] = None
 
 

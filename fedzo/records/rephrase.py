@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from fedzo.records.fields import Count, Hash, HashOrEmpty, Length, Magnitude, Matching, Name, OmitDefault, Share, Within
 
 VERSION = 1
-MOST_CHARS = 1 << 24
+MAX_CHARS = 1 << 24
 RowDigest = Annotated[str, Matching(re.compile("[0-9a-f]{32}"), "32 hexadecimal digits")]
 
 
@@ -29,7 +29,7 @@ class RowOutcome:
 
     row: RowDigest
     column: Name
-    text: Annotated[str, Length(0, MOST_CHARS)]
+    text: Annotated[str, Length(0, MAX_CHARS)]
     status: Literal["rewritten", "original"]
     reason: Annotated[str, Length(0, 60)]
     model: Annotated[str, Length(0, 1000)]

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from fedzo.records.fields import Count, Length, Name, OmitDefault, Reading, Real, Share, Within
 
-MOST_NUMBERS = 100
+MAX_NUMBERS = 100
 """Numbers that an evaluator may report beside its value."""
-MOST_LOSS = 1e6
+MAX_LOSS = 1e6
 """Nats: a client sends no larger loss, and an answer with one is refused."""
 Label = Annotated[int, Within(0, 1 << 16)]
 
@@ -38,7 +38,7 @@ class PartialScore:
     per_class: Annotated[dict[Label, tuple[Count, Count]], Length(0, 1 << 16)] = field(default_factory=dict)
     auc: Share | None = None
     best_threshold_accuracy: Share | None = None
-    numbers: Annotated[dict[Name, Reading], Length(0, MOST_NUMBERS), OmitDefault()] = field(default_factory=dict)
+    numbers: Annotated[dict[Name, Reading], Length(0, MAX_NUMBERS), OmitDefault()] = field(default_factory=dict)
     lower_is_better: Annotated[bool, OmitDefault()] = False
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 from fedzo.records.fields import Count, Hash, Length, Magnitude, Name, OmitDefault, Within
 
 VERSION = 1
-_MOST_TENSORS = 1 << 20
+_MAX_TENSORS = 1 << 20
 LayerName = Annotated[str, Length(1, 400)]
 Places = Annotated[int, Within(1, 1 << 53)]
 
@@ -97,6 +97,6 @@ class SketchManifest:
     version: Annotated[int, Within(VERSION, VERSION)] = VERSION
     fedzo: Name
     recipe: SketchRecipe | None
-    layers: Annotated[dict[LayerName, SketchedLayer], Length(0, _MOST_TENSORS)]
-    tensors: Annotated[dict[LayerName, StoredTensor], Length(1, _MOST_TENSORS)]
+    layers: Annotated[dict[LayerName, SketchedLayer], Length(0, _MAX_TENSORS)]
+    tensors: Annotated[dict[LayerName, StoredTensor], Length(1, _MAX_TENSORS)]
     source_digest: Annotated[Hash | None, OmitDefault()] = None

@@ -16,7 +16,7 @@ from fedzo.records.fields import ArrayShape, Length, Matching
 
 NOTHING = object()
 """Stands for a value that is not there."""
-MOST_SHOWN = 80
+MAX_SHOWN = 80
 """Characters of a value that are shown."""
 
 
@@ -39,25 +39,25 @@ class MismatchError(Exception):
 
 
 def shown(value: object) -> str:
-    """A value in at most ``MOST_SHOWN`` characters, also where all of it would fill the memory."""
-    return "nothing" if value is NOTHING else _SHORT.repr(value)[:MOST_SHOWN]
+    """A value in at most ``MAX_SHOWN`` characters, also where all of it would fill the memory."""
+    return "nothing" if value is NOTHING else _SHORT.repr(value)[:MAX_SHOWN]
 
 
 class _Short(Repr):
     """``reprlib`` makes the whole text of bytes and of long whole numbers before it cuts them."""
 
     def repr_str(self, value: str, level: int) -> str:
-        return repr(value[:MOST_SHOWN])
+        return repr(value[:MAX_SHOWN])
 
     def repr_bytes(self, value: bytes, level: int) -> str:
-        return repr(value[:MOST_SHOWN])
+        return repr(value[:MAX_SHOWN])
 
     def repr_int(self, value: int, level: int) -> str:
         return repr(value) if value.bit_length() < 256 else f"a whole number of {value.bit_length()} bits"
 
 
 _SHORT = _Short()
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxother = 3, 8, 8, MOST_SHOWN
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxother = 3, 8, 8, MAX_SHOWN
 
 
 class Codec(Protocol):

@@ -90,9 +90,9 @@ def _loss(run: RunData) -> Picture | None:
 
 def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
     dev, (before, after) = scored.dev, scored.test
-    if not dev and not before:
+    if (known := dev[0] if dev else before) is None:
         return None
-    metric = (dev or [score for score in (before,) if score])[0].metric
+    metric = known.metric
     figure, axes = new_axes()
     labels = []
     if dev:

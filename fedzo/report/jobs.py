@@ -29,8 +29,8 @@ _SETTINGS_OF_DEV_ROWS = (
     ("split", "num_test"),
 )
 """Which rows are the dev rows, and what is asked of them."""
-_MOST_TEXT = 1 << 20
-_Text = Annotated[str, Length(0, _MOST_TEXT)]
+_MAX_TEXT = 1 << 20
+_Text = Annotated[str, Length(0, _MAX_TEXT)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ def noted_failure(folder: Path, overrides: Sequence[str]) -> Iterator[None]:
     except Exception as error:
         text = str(error) if isinstance(error, FedzoError) else repr(error)
         with suppress(OSError, ValueError):  # such as a full disk, for which the job failed, or text that is not UTF-8
-            failure = Failure(overrides=tuple(overrides), text=text[:_MOST_TEXT])
+            failure = Failure(overrides=tuple(overrides), text=text[:_MAX_TEXT])
             replace_file(folder / FAILED, to_json(failure))
         raise
 

@@ -68,14 +68,14 @@ def groups_of(jobs: Sequence[Job], keys: Sequence[str]) -> list[Group]:
     return groups
 
 
-def most_seeds(groups: Sequence[Group]) -> int:
+def max_seeds(groups: Sequence[Group]) -> int:
     """Seeds of the largest group."""
     return max((len(group.jobs) for group in groups), default=0)
 
 
 def seeds_table(groups: Sequence[Group], keys: Sequence[str], by: BestBy) -> list[list[str]]:
     """A header and a row for each group; empty where no group has two seeds."""
-    if most_seeds(groups) < 2:
+    if max_seeds(groups) < 2:
         return []
     rows = [[*_of_recipe(keys), "seeds", f"mean dev {by}", "mean test"]]
     for group in groups:
@@ -92,7 +92,7 @@ def best_group(groups: Sequence[Group], by: BestBy) -> str:
 
     Groups of fewer seeds than the largest do not take part: the fewer the seeds, the luckier a mean can be.
     """
-    most = most_seeds(groups)
+    most = max_seeds(groups)
     largest = [group for group in groups if len(group.jobs) == most]
     means = [(value, group) for group in largest if (value := group.dev_mean(by)) is not None]
     if len(means) < 2:
@@ -120,7 +120,7 @@ def settings_notes(jobs: Sequence[Job], keys: Sequence[str]) -> list[str]:
 
 def seeds_notes(groups: Sequence[Group], jobs: Sequence[Job], *, are_compared: bool) -> list[str]:
     """What a reader of the means must know; empty where no group has two seeds."""
-    most = most_seeds(groups)
+    most = max_seeds(groups)
     if most < 2:
         return []
     notes = ["Over seeds: +- is the half width of the 95 % interval of the mean over run seeds, by Student's t."]

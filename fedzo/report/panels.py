@@ -63,11 +63,10 @@ class Trace:
     loss: list[float | None] = field(default_factory=list)
 
 
-def client_panels(run: RunData, traces: Mapping[int, Trace], *, height: float) -> tuple[Figure, dict[int, Axes]]:
-    """A panel a client, the most one-sided first."""
-    shares, clients = label_shares(run), chosen_clients(run, traces, most=MAX_PANELS)
+def client_panels(run: RunData, clients: Collection[int], *, height: float) -> tuple[Figure, dict[int, Axes]]:
+    """A panel a client, in their order."""
     figure, grid = panel_grid(len(clients), height=height)
-    end = num_steps(run)
+    shares, end = label_shares(run), num_steps(run)
     for axes, client in zip(grid, clients, strict=True):
         share, label = shares.get(client, (0.0, ""))
         labels = f": {percent_text(share, digits=0)} {run.class_name(label)}" if label else ""

@@ -17,7 +17,7 @@ from fedzo.errors import printable
 from fedzo.records.rephrase import Interval, JudgeTest, RowOutcome
 from fedzo.report.html import Table, render_page
 
-_MOST_SHOWN = 200
+_MAX_SHOWN = 200
 """Most rows on the page."""
 
 
@@ -34,14 +34,14 @@ def rephrased_page(
     """
     column = rephraser.prompts.column
     table = [["row", "before", "after", ""]]
-    for number, (row, each) in enumerate(zip(rows[:_MOST_SHOWN], outcomes, strict=False)):
+    for number, (row, each) in enumerate(zip(rows[:_MAX_SHOWN], outcomes, strict=False)):
         refused = attempts[each.row].refused if each.row in attempts else ""
         after = each.text if not each.reason else f"(kept) {refused}" if refused else "(kept)"
         lost = () if each.reason else lost_names(each.text, str(row[column]))
         note = each.reason or (f"names: {', '.join(lost)}" if lost else "")
         table.append([str(number), _plain(row[column]), _plain(after), note])
     summary = Table("Rows", [[name, str(number)] for name, number in counts(outcomes).items()])
-    shown = f"first {_MOST_SHOWN} of {len(rows)} rows" if len(rows) > _MOST_SHOWN else f"{len(rows)} rows"
+    shown = f"first {_MAX_SHOWN} of {len(rows)} rows" if len(rows) > _MAX_SHOWN else f"{len(rows)} rows"
     found = rephraser.judge_test(outcomes)
     return render_page(
         title=f"{rephraser.task.name}: {column} rewritten",

@@ -16,7 +16,7 @@ import yaml
 from fedzo.errors import RunFolderError
 from fedzo.fl.log_store import belongs
 from fedzo.records.decode import decode
-from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, OVERRIDES, PUBLIC, read_file, told_as
+from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, OVERRIDES, PUBLIC, raised_as, read_file
 from fedzo.records.lines import LogLines
 from fedzo.records.log import decode_public
 from fedzo.records.metrics import (
@@ -36,7 +36,7 @@ from fedzo.records.metrics import (
     decode_metric,
 )
 
-_MOST_OPEN = 100  # brackets; those of a configuration are a few
+_MAX_OPEN = 100  # brackets; those of a configuration are a few
 _Told = tuple[Any, dict[str, Any]]  # a line's plain values, and what an error about them says
 
 
@@ -217,6 +217,15 @@ def load_run(run_dir: Path) -> RunData:
     )
 
 
+def read_environment(run_dir: Path) -> dict[str, Any]:
+    """What ``environment.json`` tells; nothing where the file is not there.
+
+    Raises:
+        RunFolderError: The file holds something else.
+    """
+    return _read_mapping(run_dir / ENVIRONMENT, _of_environment)[1]
+
+
 def read_overrides(run_dir: Path) -> list[str]:
     """The overrides of the command line that began a run; none where the file is not there.
 
@@ -254,7 +263,7 @@ def _scored(records: list[MetricRecord], config: dict[str, Any], *, best_round: 
 def _read_metrics(run_dir: Path) -> tuple[LogLines[_Told], dict[int, MetricRecord], list[str]]:
     """The lines, the record of each by its number, and what was left out."""
     path, remedy = run_dir / METRICS, "Give the folder that fedzo train printed."
-    with told_as(RunFolderError, f"{path}: a run folder must hold a readable {METRICS}", remedy):
+    with raised_as(RunFolderError, f"{path}: a run folder must hold a readable {METRICS}", remedy):
         size = path.stat().st_size  # before its lines are counted: a run may go on
     lines = LogLines(run_dir, METRICS, _told)
     records = {number: record for number, line in enumerate(lines) if (record := _light(*line)) is not None}
@@ -301,11 +310,23 @@ def _of_yaml(text: str) -> Any:
     A few aliases, each of two of the one before, make values that fill the memory; fedzo writes none.
     """
     steps = (1 if sign in "[{" else -1 for sign in text if sign in "[]{}")
-    if max(accumulate(steps), default=0) > _MOST_OPEN:
+    if max(accumulate(steps), default=0) > _MAX_OPEN:
         raise ValueError("too many brackets inside one another")
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
         raise ValueError("an alias (*name)")
     return yaml.safe_load(text)
+
+
+def _of_environment(text: str) -> Any:
+    """The values of a text of JSON; parts of it by which a run is compared are what fedzo writes there."""
+    told = json.loads(text)
+    if isinstance(told, dict):
+        if not isinstance(told.get("packages", {}), dict):
+            raise ValueError("packages that are no mapping")
+        later = told.get("later", [])
+        if not (isinstance(later, list) and all(isinstance(each, dict) for each in later)):
+            raise ValueError("a value of later that is no list of mappings")
+    return told
 
 
 def _read_value(path: Path, parse: Callable[[str], Any], kind: type) -> tuple[str, Any]:
@@ -319,6 +340,6 @@ def _read_value(path: Path, parse: Callable[[str], Any], kind: type) -> tuple[st
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         what = "a mapping" if kind is dict else f"a {kind.__name__}"
         raise RunFolderError(
-            f"{path}: must hold {what}, got {str(error)[:160]}. Restore the file or delete it to report without it."
+            f"{path}: must hold {what}, got {str(error)[:160]}. Restore the file, or delete it to go on without it."
         ) from error
     return text, value

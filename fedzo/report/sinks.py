@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedzo.records.metrics import CentralScore, FederatedScore, Flagged, MetricRecord, Round, Setup, Summary
 from fedzo.report.format import bytes_text, counted, score_text, seconds_text, share_text
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 
 PLAIN_EVERY_S = 10.0
 
@@ -84,7 +84,7 @@ class ProgressSink:
     def replay(self, rounds: int, *, start: int) -> AbstractContextManager[OnProgress]:
         """While a model at round ``start`` is brought to another: of all weights, a record takes seconds to minutes."""
         if rounds == start:
-            return nullcontext(untold)
+            return nullcontext(no_progress)
         title = f"restoring the model after {counted(rounds, 'round')}" if rounds < start else replaying(rounds)
         return self.phase(title, rounds)
 
@@ -181,7 +181,7 @@ def _phase(
 ) -> Iterator[OnProgress]:
     if bars.disable:
         bars.console.print(f"{title} ...")
-        yield untold
+        yield no_progress
         return
     task = bars.add_task(title, total=total, note="")
     try:

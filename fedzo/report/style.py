@@ -28,7 +28,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from fedzo.errors import RunFolderError
-from fedzo.records.folder import make_folder, replace_file, told_as
+from fedzo.records.folder import make_folder, raised_as, replace_file
 from fedzo.report.format import bytes_text
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7280", "#e2e5ea", "#ffffff"
@@ -224,7 +224,7 @@ def save_pictures(pictures: Sequence[Picture], folder: Path) -> None:
 def writing_report(path: Path) -> AbstractContextManager[None]:
     """Tells of a report that cannot be written at ``path``, and what to do."""
     remedy = "Free disk space, change the folder's permissions, or choose another: fedzo report RUN --out DIR."
-    return told_as(RunFolderError, f"{path}: the report must be writable here", remedy)
+    return raised_as(RunFolderError, f"{path}: the report must be writable here", remedy)
 
 
 def _render(picture: Picture, kind: str, *, facecolor: str = "none") -> bytes:

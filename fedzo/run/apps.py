@@ -54,6 +54,8 @@ def make_client_app() -> ClientApp:
             try:
                 if not request.begun:
                     leave_other(context.run_id)
+                    if request.why:  # the server does not take what this process holds, which may be mended by now
+                        read_anew()
                 answer = _worker(context).hello(request)
             except (ConfigError, SiteError) as error:  # of its limits, its model, its files
                 if is_out_of_memory(error):

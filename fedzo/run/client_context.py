@@ -9,6 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedzo.config.travel import config_hash
 from fedzo.data.files import Row
 from fedzo.data.preprocess import Progress, StageContext
 from fedzo.data.rows import OwnRows, client_rows
@@ -19,6 +20,7 @@ from fedzo.fl.client.vector_update import VectorUpdate
 from fedzo.fl.client.worker import ClientData, ClientWorker
 from fedzo.fl.config import Transport
 from fedzo.fl.limits import Limits
+from fedzo.fl.messages import Identity
 from fedzo.fl.site_limits import check_rows
 from fedzo.run.peer import Peer
 from fedzo.run.preparation import Preparations
@@ -38,7 +40,7 @@ class ClientContext:
     """The clients that a process plays."""
 
     process: Process
-    _registered: set[int] = field(default_factory=set)
+    _registered: dict[int, str] = field(default_factory=dict)  # by client, the digest of the rows that it goes on with
     _prepared_digests: dict[int, str] = field(default_factory=dict)
     _data: dict[int, ClientData] = field(default_factory=dict)
     _first_rows: list[Row] = field(default_factory=list)
@@ -48,10 +50,10 @@ class ClientContext:
         """The model and the space."""
         return self.process.peer
 
-    @cached_property
-    def artifacts(self) -> ArtifactStore:
-        """Where what the space needs beside the model is found, or kept when it comes."""
-        return ArtifactStore(self.process.artifacts)
+    @property
+    def identity(self) -> Identity:
+        """What the process has of the run in common with its peers."""
+        return self.process.identity
 
     @cached_property
     def worker(self) -> ClientWorker:
@@ -63,15 +65,14 @@ class ClientContext:
             # of actors, another one may have asked for them
             takes_values=run.fl.transport is Transport.values or run.estimator.sends_vectors or self.process.to_the_end,
             kept=self.process.kept if self._is_one_client else None,
-            run_id=peer.run_id,
         )
         return ClientWorker(
-            peer.identity,
+            config_hash(run),
             self._local_update(),
             self,
             limits=limits,
             evaluators=peer.evaluators,
-            artifacts=self.artifacts,
+            artifacts=ArtifactStore(self.process.artifacts),
         )
 
     @property
@@ -99,12 +100,14 @@ class ClientContext:
         return self._data[client]
 
     def forget_rows(self) -> None:
-        """Let rows be read anew and compared with those that are registered; what stages have spent stays spent."""
+        """Let rows be read anew and compared with those that are registered; what stages have spent stays spent.
+
+        Those that stages work on stay as they are, and registered.
+        """
         self._data.clear()
-        self._registered.clear()
         self._prepared_digests.clear()
-        if "preparations" in vars(self):
-            self.preparations.forget()
+        self.preparations.forget()
+        self._registered = {k: each for k, each in self._registered.items() if self.preparations.is_known(k)}
 
     @cached_property
     def preparations(self) -> Preparations:
@@ -123,13 +126,14 @@ class ClientContext:
     def register(self, client: int, *, begun: bool) -> str | Progress:
         """The digest of a client's rows, those that its stages made among them, or how far these are."""
         if not self.peer.config.preprocess:
-            return self._rows_digest(client, begun)
+            is_held = client in self._data and client in self._registered
+            return self._registered[client] if is_held else self._rows_digest(client, begun)
         if not self.preparations.is_known(client):
             self._rows_digest(client, begun)  # no hours are spent on rows that are not the run's,
             self._check_rows(client)  # and no progress is told of rows that the site does not tell of
         if progress := self.prepare(client, begun=begun):
             return progress
-        both = self._rows_digest(client, begun) + self._prepared_digests[client]
+        both = self._registered[client] + self._prepared_digests[client]
         return blake2b(both.encode(), digest_size=32).hexdigest()
 
     def _check_rows(self, client: int) -> None:
@@ -155,9 +159,9 @@ class ClientContext:
 
     def _rows_digest(self, client: int, begun: bool, *, stages: Sequence[str] = ()) -> str:
         rows = self.preparations.rows(client).train if stages else self.process.source.rows_for(client)
-        run, whose = self.peer.run_id, f"client {client}"
-        digest = self.process.kept.register(rows, whose=whose, run=run, begun=begun, stages=stages)
-        self._registered.add(client)
+        digest = self.process.kept.register(rows, whose=f"client {client}", begun=begun, stages=stages)
+        if not stages:
+            self._registered[client] = digest
         return digest
 
     def workspace(self, artifact: Artifact, *, asked: int) -> Workspace:

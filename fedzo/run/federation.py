@@ -8,13 +8,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import RunConfig, first_evaluator
+from fedzo.config.schema import RunConfig
 from fedzo.config.travel import to_json
 from fedzo.data.config import TaskKind
 from fedzo.data.tasks import num_labels
@@ -43,7 +43,7 @@ from fedzo.records.presence import PresenceFile
 from fedzo.report.format import cut_text
 from fedzo.report.sinks import ProgressSink
 from fedzo.report.trackers import TRACKERS, TrackerSink
-from fedzo.run.estimate import estimate_run
+from fedzo.run.costs import estimate_run
 from fedzo.run.process import Process, this_process
 from fedzo.run.scores import Scores
 from fedzo.run.server_context import Launched
@@ -52,21 +52,16 @@ from fedzo.trainers.artifacts import ARTIFACTS
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class Sinks:
     """Several sinks as one."""
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
+    sinks: list[Sink]
 
     def write(self, record: MetricRecord) -> None:
         """Give the record to every sink."""
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(record)
-
-    def close(self) -> None:
-        """Close them all."""
-        for sink in self._sinks:
-            sink.close()
 
 
 def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
@@ -102,17 +97,17 @@ class Federation:
             config.fl.rounds,
             completed=len(store.records),
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
-            evaluator=first_evaluator(config),
-            has_dev=best_dev_score(store, by=config.evaluation.best_by, evaluator=first_evaluator(config)) is not None,
+            evaluator=config.first_evaluator,
+            has_dev=best_dev_score(store, config) is not None,
             payload="vectors" if config.estimator.sends_vectors else "scalars",
             enabled=launched.config.report.progress,
         )
-        sinks: list[Sink] = [self._progress, *self._trackers()]
+        sinks: list[ProgressSink | TrackerSink] = [self._progress, *self._trackers()]
         self._sinks = Sinks([store, *sinks])
         for sink in sinks:
             stack.callback(sink.close)
-        self._at = context.peer.workspace(launched.prepared.artifact, trial_rows=context.trial_rows)
-        self._scores = Scores(context, self._at, store, self._sinks, self._progress, self._elapsed)
+        self._workspace = context.peer.workspace(launched.prepared.artifact, trial_rows=context.trial_rows)
+        self._scores = Scores(context, self._workspace, store, self._sinks, self._progress, self._elapsed)
         self._server = self._make_server(grid)
         stack.callback(vars(self).pop, "_server")  # which holds this in its turn, and all that the run has taken
 
@@ -150,8 +145,8 @@ class Federation:
                 server.run_round()
             self._show_presence(at_once=True)  # scores take long, and nobody is asked any more
             scores.take_due(server)
-        server.tell_step_policy()
-        best = best_round(self._store, by=config.evaluation.best_by, evaluator=first_evaluator(config))
+        server.report_step_policy()
+        best = best_round(self._store, config)
         with self._progress.replay(best, start=server.round) as advance:
             server.replica.goto(best, self._store.records, advance)
         scores.take("test", rounds=best)
@@ -169,7 +164,7 @@ class Federation:
 
     # --- beginning
 
-    def _trackers(self) -> list[Sink]:
+    def _trackers(self) -> list[TrackerSink]:
         """The trackers that the command line named, each with what it lacks of the run so far."""
         folder, completed = self._store.folder, len(self._store.records)
         return [
@@ -188,11 +183,11 @@ class Federation:
             grid=grid,
             client_registry=ClientRegistry(
                 num_clients=config.fl.num_clients,
-                identity=context.peer.identity,
+                identity=context.process.identity,
                 num_labels=num_labels(config.task) if config.fl.label_counts else 0,
                 artifact_bytes=artifact.size,
             ),
-            replica=self._at.replica,
+            replica=self._workspace.replica,
             store=self._store,
             artifact=artifact,
             config=self._server_config(),
@@ -212,7 +207,7 @@ class Federation:
         return replace(config, strategy=endless) if self._launched.runtime.takes_turns else config
 
     def _updates(self) -> Updates[Any]:
-        config, replica = self._config, self._at.replica
+        config, replica = self._config, self._workspace.replica
         if config.estimator.sends_vectors:
             return VectorUpdates(replica.space.size, config)
         return ScalarUpdates(replica, config, self._launched.prepared.gradient)
@@ -227,12 +222,12 @@ class Federation:
             Setup(
                 seconds=self._elapsed(),
                 trainer=str(plugin_name("trainer", self._config.trainer)),
-                num_params=num_weights(self._at.loaded.model),
+                num_params=num_weights(self._workspace.loaded.model),
                 space_size=server.replica.space.size,
                 setup_down_bytes=server.artifact.size,
                 forwards_per_step=self._context.peer.forwards_per_step,
                 prepare_seconds=self._launched.prepare_seconds,
-                forwards=self._at.forwards,
+                forwards=self._workspace.forwards,
                 estimate=self._estimate(),
                 clients=tuple(
                     replace(row, label_counts=dict(counts[client]))
@@ -260,21 +255,21 @@ class Federation:
 
     def _estimate(self) -> Estimate | None:
         """Memory of a step and seconds of the whole run, if one process did all its forwards: of a simulation only."""
-        config, context, at = self._config, self._context, self._at
+        config, context, workspace = self._config, self._context, self._workspace
         if context.simulation is None:
             return None
         clients = config.strategy.clients_per_round or config.fl.num_clients
         plan = self._server.coming_plan()
         first = sum(plan.steps.values()) if plan.calibration else config.fl.local_steps * clients
         return estimate_run(
-            at,
+            workspace,
             train=context.peer.encode(context.simulation.splits.train[:256]),
             scored=self._scores.planned(),
             rows_per_step=config.fl.batch_size,
             steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
             forwards_per_step=context.peer.forwards_per_step,
             num_rows=len(context.simulation.splits.train),
-            local_steps=config.step_policy.most_steps(config.fl),
+            local_steps=config.step_policy.max_steps(config.fl),
             new_tokens=0 if config.task.kind is TaskKind.candidates else config.task.max_new_tokens,
             gradient_bytes=self._gradient_bytes(),
         )
@@ -283,8 +278,8 @@ class Federation:
         if not self._config.estimator.sends_vectors:
             return 0
         trains_base_weights = self._config.trainer.traits.trains_base_weights
-        size = self._at.replica.space.size
-        return gradient_bytes(self._at.loaded.model, size, trains_base_weights=trains_base_weights)
+        size = self._workspace.replica.space.size
+        return gradient_bytes(self._workspace.loaded.model, size, trains_base_weights=trains_base_weights)
 
     def _show_presence(self, *, at_once: bool = False) -> None:
         """For ``fedzo status``, where clients come and go."""
@@ -296,7 +291,7 @@ class Federation:
     def _write_summary(self, best: int) -> None:
         if any(summary.rounds == self._server.round for summary in self._store.metrics_of(Summary)):
             return  # resumed after its end
-        first = first_evaluator(self._config)
+        first = self._config.first_evaluator
         self._sinks.write(
             Summary(
                 seconds=self._elapsed(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -12,23 +12,22 @@ import torch
 
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile, with_rounds
-from fedzo.config.traits import format_problems
+from fedzo.config.trait_rules import format_problems
 from fedzo.config.travel import config_hash
 from fedzo.data.config import TaskKind
-from fedzo.data.encode import Example, encode, row_name, task_digest
+from fedzo.data.encode import Example, encode, row_name
 from fedzo.data.files import Row
 from fedzo.data.tasks import render
 from fedzo.errors import ConfigError
 from fedzo.evaluate import EVALUATORS, Evaluator
 from fedzo.fl.client.local_update import Workspace
-from fedzo.fl.messages import Identity
 from fedzo.fl.replica import Replica
 from fedzo.models.attention import repeat_keys
+from fedzo.models.auto_dtype import NUM_DIRECTIONS, Trial, choose_dtype, coarseness_warning, try_out
 from fedzo.models.available import available_memory_bytes
 from fedzo.models.captured import can_capture, capture
 from fedzo.models.checks import check_ids
 from fedzo.models.config import DType, ModelConfig
-from fedzo.models.fidelity import NUM_DIRECTIONS, Trial, choose_dtype, coarseness_warning, try_out
 from fedzo.models.forwards import Planning, lower_layers_of
 from fedzo.models.kept_rows import RowStates
 from fedzo.models.load import load_model, resolve_device
@@ -40,7 +39,7 @@ from fedzo.models.products import RoundedProducts, choose_product, rounded_produ
 from fedzo.models.scoring import example_losses
 from fedzo.models.virtual_tokens import check_answer_length, longest_sequence
 from fedzo.registry import returned
-from fedzo.run.estimate import fitting_tokens_per_batch, head_share
+from fedzo.run.costs import fitting_tokens_per_batch, head_share
 from fedzo.sketch import tables_of
 from fedzo.system import use_threads
 from fedzo.trainers import TRAINERS, Built, Trainer
@@ -66,8 +65,7 @@ class Peer:
         config: What all peers agree on.
         site: This machine's own configuration.
         loaded: The model on this machine's device.
-        built: The trainer's part on that model, once ``workspace`` has made it.
-        undecided: Whether the dtype is still to be chosen, when the trainer's part is built.
+        built: The trainer's part on that model, once ``workspace`` has made it: the dtype is chosen by then.
         products: How steps multiply, where ``model.dtype=auto`` chose rounded products.
     """
 
@@ -75,12 +73,8 @@ class Peer:
     site: SiteFile
     loaded: LoadedModel
     built: Built | None = None
-    undecided: bool = field(init=False)
     products: RoundedProducts | None = None
     _workspace: Workspace | None = None
-
-    def __post_init__(self) -> None:
-        self.undecided = self.site.model.dtype is DType.auto
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -101,20 +95,9 @@ class Peer:
         return {name: EVALUATORS.build(evaluator) for name, evaluator in self.config.evaluators.items()}
 
     @cached_property
-    def identity(self) -> Identity:
-        """Digests of what all peers must hold alike."""
-        return Identity(
-            config_hash=config_hash(self.config),
-            base_digest=self.loaded.base_digest,
-            tokenizer_digest=self.loaded.tokenizer_digest,
-            task_digest=task_digest(self.config.task),
-            architecture_digest=self.loaded.architecture_digest,
-        )
-
-    @cached_property
     def run_id(self) -> str:
-        """Names the run where this machine keeps things of it: a hash that holds however long the run becomes."""
-        return config_hash(with_rounds(self.config, 1))
+        """Names the run at each of its machines: the begin of a hash that holds however long the run becomes."""
+        return config_hash(with_rounds(self.config, 1))[:16]
 
     def encode(self, rows: list[Row]) -> list[Example]:
         """Rows as token ids."""
@@ -153,31 +136,18 @@ class Peer:
         self.loaded.model.requires_grad_(False)
 
     def _make_workspace(self, artifact: Artifact, trial_rows: TrialRows | None) -> Workspace:
-        config, num_clients, estimator = self.config, self.config.fl.num_clients, self.config.estimator
+        config, num_clients = self.config, self.config.fl.num_clients
         trial = None if trial_rows is None else trial_rows()
-        built = self._build(self.loaded, artifact)
-        if isinstance(estimator, ZerothOrderConfig):
-            if self.undecided and trial is not None:
-                built, self.undecided = self._choose_dtype(built, artifact, trial, estimator), False
-            if warning := coarseness_warning(self.loaded.model, built.space, estimator.float32_eps):
-                log.warning(warning)
-        elif not isinstance(built.space, DifferentiableSpace):
-            trainer, name = plugin_name("trainer", config.trainer), plugin_name("estimator", estimator)
-            raise ConfigError(
-                f"trainer={trainer}: its space must have a method gradient for estimator={name}, but has none. "
-                "Choose another trainer, or an estimator that needs forwards only."
-            )
-        loaded, lower = with_graphs(
-            self.loaded,
-            reused_layers(self.loaded, built.space, self.site.model, estimator),
-            self.site.model,
-            estimator,
-            longest=config.task.max_length,
+        if self.built is None:  # else memory was too small for the rest before: what was chosen and built then holds
+            self.built = self._build_as_chosen(artifact, trial)
+        built = self.built
+        self._warn_if_coarse(built)
+        loaded, lower = faster_forwards(
+            self.loaded, built.space, self.site.model, config.estimator, longest=config.task.max_length
         )
         if lower is not None and lower.rows is not None:  # scores keep their own: they have no rounded products
-            rows = RowStates(lower.rows.most_bytes, lower.rows.num_nones, lower.rows.reads_alone)
+            rows = RowStates(lower.rows.max_bytes, lower.rows.num_nones, lower.rows.reads_alone)
             loaded = replace(loaded, kept=replace(lower, rows=rows))
-        self.built = built
         longest = longest_sequence(self.loaded.model, config.task.max_length)
         if config.task.kind is not TaskKind.candidates:
             check_answer_length(self.loaded.model, config.task.max_length, config.task.max_new_tokens)
@@ -197,7 +167,7 @@ class Peer:
                 built.space,
                 wanted=self.site.model.tokens_per_batch,
                 longest=longest,
-                local_steps=config.step_policy.most_steps(config.fl),
+                local_steps=config.step_policy.max_steps(config.fl),
                 num_moments=optimizer.num_moments(num_clients),
                 kept_bytes=lower.kept_bytes(tokens, token_bytes=token_bytes) if lower else 0,
                 head_share=0.0 if trial is None else head_share(self._tokenized(trial)),
@@ -206,6 +176,28 @@ class Peer:
             lower=lower,
             products=self.products,
         )
+
+    def _build_as_chosen(self, artifact: Artifact, trial: list[Row] | None) -> Built:
+        """The trainer's part on the model, in the dtype that is chosen where ``model.dtype=auto`` leaves it open."""
+        config, estimator = self.config, self.config.estimator
+        built = self._build(self.loaded, artifact)
+        if isinstance(estimator, ZerothOrderConfig):
+            if self.site.model.dtype is DType.auto and trial is not None:
+                built = self._choose_dtype(built, artifact, trial, estimator)
+        elif not isinstance(built.space, DifferentiableSpace):
+            trainer, name = plugin_name("trainer", config.trainer), plugin_name("estimator", estimator)
+            raise ConfigError(
+                f"trainer={trainer}: its space must have a method gradient for estimator={name}, but has none. "
+                "Choose another trainer, or an estimator that needs forwards only."
+            )
+        return built
+
+    def _warn_if_coarse(self, built: Built) -> None:
+        estimator = self.config.estimator
+        if not isinstance(estimator, ZerothOrderConfig):
+            return
+        if warning := coarseness_warning(self.loaded.model, built.space, estimator.float32_eps):
+            log.warning(warning)
 
     def _build(self, loaded: LoadedModel, artifact: Artifact) -> Built:
         estimator = self.config.estimator  # without directions their law says nothing
@@ -285,24 +277,24 @@ def _tried(name: str, work: Callable[[], T]) -> T | None:
         return None
 
 
-def reused_layers(
-    loaded: LoadedModel, space: Space, site: ModelConfig, estimator: EstimatorConfig
-) -> LowerLayers | None:
-    """The blocks of a model that a step runs once, if there are any and the settings let it."""
-    if not site.reuse_lower_layers or estimator.sends_vectors or estimator.freezes_routing:
-        return None
-    return lower_layers_of(loaded, space, cache_mb=site.lower_layers_cache_mb)
-
-
-def with_graphs(
-    loaded: LoadedModel, lower: LowerLayers | None, site: ModelConfig, estimator: EstimatorConfig, *, longest: int
+def faster_forwards(
+    loaded: LoadedModel, space: Space, site: ModelConfig, estimator: EstimatorConfig, *, longest: int
 ) -> tuple[LoadedModel, LowerLayers | None]:
-    """The model and the blocks that a step runs once, as CUDA graphs if the settings want them and they can be made."""
-    if not site.cuda_graphs or not can_capture(loaded.device) or loaded.decoder is not None:
-        return loaded, lower
+    """The model and the blocks that a step runs once, if there are any; as CUDA graphs, where these can be made.
+
+    Args:
+        loaded: The model, with all that is trained in it.
+        space: What is trained in it.
+        site: Whether such blocks, and graphs, are wanted.
+        estimator: One that sends vectors, or freezes routing, has neither.
+        longest: Tokens of the longest text.
+    """
     if estimator.sends_vectors or estimator.freezes_routing:
-        return loaded, lower
-    return capture(loaded, lower, longest=longest)
+        return loaded, None
+    lower = lower_layers_of(loaded, space, cache_mb=site.lower_layers_cache_mb) if site.reuse_lower_layers else None
+    if site.cuda_graphs and can_capture(loaded.device) and loaded.decoder is None:
+        return capture(loaded, lower, longest=longest)
+    return loaded, lower
 
 
 def check_format(config: RunSettings, loaded: LoadedModel) -> None:

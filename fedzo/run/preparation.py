@@ -17,7 +17,7 @@ from fedzo.config.schema import RunConfig
 from fedzo.data.preprocess import STAGES, Progress, Stage, StageContext
 from fedzo.data.rows import ClientRows, RowSource, client_rows
 from fedzo.errors import FedzoError, PluginError
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 2.0
@@ -114,7 +114,7 @@ class Preparations:
             self.look(client)
         if client in self._ready:
             return self._ready[client]
-        made = self._prepare(client, untold)
+        made = self._prepare(client, no_progress)
         if self.config.preprocess:  # else they are read again as fast
             self._ready[client] = made
         return made

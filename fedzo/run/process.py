@@ -8,26 +8,32 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from fedzo.config.plugins import plugin_name
 from fedzo.config.rules import rows_problems, site_problems, stage_problems
 from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile
-from fedzo.config.travel import from_json, load_site, to_json
+from fedzo.config.travel import config_hash, from_json, load_site, to_json
+from fedzo.data.encode import task_digest
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, printable
 from fedzo.fl.client.worker import part
-from fedzo.fl.messages import Refusal
+from fedzo.fl.messages import Identity, Refusal
 from fedzo.fl.site_limits import SiteError, check_base, check_run
 from fedzo.models.loaded import LoadedModel
+from fedzo.records.folder import RUN_FILE, make_folder, open_file, raised_as, replace_file
 from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer, check_format, open_model
 from fedzo.run.server_context import Launched, ServerContext
 from fedzo.run.site_model import SiteModel
 from fedzo.system import SITE_ARTIFACTS_ENV, SITE_ENV, SITE_LOG_ENV
 from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
+
+RUNS = "runs"
+"""Folder beside a site's file with the settings of each run that it took part in, for its people: fedzo reads none."""
 
 
 @dataclass
@@ -52,8 +58,21 @@ class Process:
 
     @property
     def kept(self) -> KeptDigests:
-        """What this site remembers of its rows."""
-        return KeptDigests(self.site_folder / KEPT_ROWS)
+        """What this site remembers of its rows in the run."""
+        return KeptDigests(self.site_folder / KEPT_ROWS, self.peer.run_id)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Digests of what all peers must hold alike. Rows of one set are dealt for it."""
+        config, loaded = self.peer.config, self.peer.loaded
+        return Identity(
+            config_hash=config_hash(config),
+            base_digest=loaded.base_digest,
+            tokenizer_digest=loaded.tokenizer_digest,
+            task_digest=task_digest(config.task),
+            architecture_digest=loaded.architecture_digest,
+            partition_digest=self.source.partition_digest,
+        )
 
     @cached_property
     def client(self) -> ClientContext:
@@ -179,6 +198,7 @@ def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Pat
         if own:
             with contextlib.suppress(OSError):  # what is of no use any more may stay
                 ArtifactStore(Path(own)).keep_only(run.artifact)
+        _keep_settings(process)
         _model.lend()
         _open = _Open(run_json, process)
     if _open.process.launched is None:
@@ -196,14 +216,15 @@ def leave_other(flower_run: int) -> None:
 
 
 def read_anew() -> None:
-    """Let the rows be read anew when the run asks again, and all but the model where the site's file has changed.
+    """Let the rows be read anew when the run asks again, and all else where the site's file, or its model, has changed.
 
-    Else what stages have spent of their budget stays spent.
+    Where neither has, the model stays, and what stages have spent of their budget stays spent.
     """
     if _open is None or _open.process.launched is not None:
         return
-    with contextlib.suppress(ConfigError):  # of a file that is being written
-        if load_site(Path(_site_file())) == _open.process.peer.site:
+    with contextlib.suppress(ConfigError, OSError):  # of files that are being written
+        site = load_site(Path(_site_file()))
+        if site == _open.process.peer.site and _model.is_as_lent(site):
             _open.process.client.forget_rows()
             return
     _let_go()
@@ -217,6 +238,33 @@ def _let_go() -> None:
         _open = None
 
 
+def _keep_settings(process: Process) -> None:
+    """Let a site know and keep what it takes part in, before any of its rows is read.
+
+    In a simulation the settings of the run lie beside the site's file anyway.
+    """
+    folder, peer = process.site_folder, process.peer
+    if (folder / RUN_FILE).exists():
+        return
+    kept = folder / RUNS / f"{peer.run_id}.json"
+    with raised_as(ConfigError, f"{kept}: the settings of the run must be kept there", "Make the folder writable."):
+        make_folder(kept.parent, mode=0o700)
+        replace_file(kept, to_json(peer.config))
+    task, trainer = printable(peer.config.task.name), plugin_name("trainer", peer.config.trainer)
+    said = "run %s: task %s, trainer %s, %d rounds; its settings are in %s"
+    part.info(said, peer.run_id, task, trainer, peer.config.fl.rounds, kept)
+
+
+class _SiteLog(WatchedFileHandler):
+    """A new file belongs to the owner of its folder, also where root makes it; logrotate may rename it."""
+
+    def _open(self) -> TextIOWrapper:
+        file = Path(self.baseFilename)
+        if not os.path.lexists(file):
+            os.close(open_file(file.parent, file.name, os.O_WRONLY | os.O_CREAT))
+        return super()._open()
+
+
 def _write_site_log() -> None:
     """Write what a site should know to its log, too, if it has one: other output may be kept elsewhere.
 
@@ -224,7 +272,8 @@ def _write_site_log() -> None:
     """
     file, logger = os.environ.get(SITE_LOG_ENV), logging.getLogger("fedzo")
     if file and not any(isinstance(handler, logging.FileHandler) for handler in logger.handlers):
-        handler = WatchedFileHandler(file, encoding="utf-8", delay=True)  # it follows when logrotate renames the file
+        handler = _SiteLog(file, encoding="utf-8", delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         handler.addFilter(lambda record: record.levelno >= logging.ERROR or record.name == part.name)
         logger.addHandler(handler)
         part.setLevel(logging.INFO)

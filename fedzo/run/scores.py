@@ -28,14 +28,14 @@ class Scores:
 
     Attributes:
         context: The server's rows.
-        at: The server's model.
+        workspace: The server's model.
         store: Where the scores that were taken before are found.
         sink: Where new ones go.
         elapsed: Seconds since the run started.
     """
 
     context: ServerContext
-    at: Workspace
+    workspace: Workspace
     store: RunStore
     sink: Sink
     progress: ProgressSink
@@ -54,7 +54,9 @@ class Scores:
 
     def take(self, split: Split, *, rounds: int) -> None:
         """Score the server's model, which must be at ``rounds``, on the server's rows, if there are any."""
-        assert self.at.replica.position == rounds, f"the model is at round {self.at.replica.position}, not {rounds}"
+        assert self.workspace.replica.position == rounds, (
+            f"the model is at round {self.workspace.replica.position}, not {rounds}"
+        )
         config = self.context.peer.config
         is_asked = config.evaluation.central and (config.evaluation.test or split != "test")
         if not is_asked or not (examples := self.context.examples(split)):
@@ -68,10 +70,10 @@ class Scores:
                     score = evaluate(
                         name,
                         evaluator,
-                        self.at.loaded,
+                        self.workspace.loaded,
                         examples,
                         config.task,
-                        tokens_per_batch=self.at.tokens_per_batch,
+                        tokens_per_batch=self.workspace.tokens_per_batch,
                         on_batch=advance,
                     )
             except FedzoError as error:
@@ -103,16 +105,11 @@ class Scores:
         """The client that an evaluator found worst on its own held-out rows, when they were scored last."""
         taken = [score for score in self.store.metrics_of(FederatedScore) if score.evaluator == evaluator]
         last = max(taken, key=lambda score: score.round, default=None)
-        if last is None:
+        if last is None or not last.worst_first:
             return None
-        rows = {score.client: score.num_examples for score in last.clients}
-        return next(
-            (
-                WorstClient(client=client, metric=last.metric, value=value, round=last.round, num_examples=rows[client])
-                for client, value in last.worst_first
-            ),
-            None,
-        )
+        client, value = last.worst_first[0]
+        rows = next(score.num_examples for score in last.clients if score.client == client)
+        return WorstClient(client=client, metric=last.metric, value=value, round=last.round, num_examples=rows)
 
     def _ask_clients(self, server: Server) -> None:
         """Every connected client scores the present model on its own held-out rows, by each evaluator."""
@@ -127,7 +124,7 @@ class Scores:
         for client, reply in sorted(answers.replies.items()):
             held = min(most, clients[client].num_heldout)
             try:
-                scores = scores_of_peer(reply.scores, peer.evaluators, peer.config.task, most_examples=held)
+                scores = scores_of_peer(reply.scores, peer.evaluators, peer.config.task, max_examples=held)
             except ProtocolError as error:  # a bad reply never ends a run
                 log.warning("client %d was not scored: %s", client, printable(str(error)))
                 continue

@@ -15,6 +15,7 @@ from fedzo.data.encode import Example
 from fedzo.data.rows import SimulatedRows, client_rows
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
+from fedzo.models.config import DType
 from fedzo.run.peer import Peer, TrialRows
 from fedzo.trainers import Prepared
 
@@ -73,7 +74,8 @@ class ServerContext:
         if isinstance(source, SimulatedRows):
             return lambda: source.splits.train[:size]
         shares = launched is not None and launched.runtime.takes_turns
-        return (lambda: source.rows_for(0)[:size]) if shares and self.peer.undecided else None
+        is_open = self.peer.site.model.dtype is DType.auto
+        return (lambda: source.rows_for(0)[:size]) if shares and is_open else None
 
     @cached_property
     def step_policy(self) -> StepPolicy:
@@ -96,7 +98,7 @@ class ServerContext:
             return
         for split in ("dev", "test"):
             rows = getattr(self.simulation.splits, split)
-            self.process.kept.register(rows, whose=split, run=self.peer.run_id, begun=begun)
+            self.process.kept.register(rows, whose=split, begun=begun)
 
     def examples(self, split: str) -> list[Example]:
         """The server's own ``dev`` or ``test`` rows as token ids; read once."""

@@ -68,6 +68,10 @@ class SiteModel:
         held, self._held = self._held, None
         self._lent = (weakref.ref(held.loaded.model), held.key, held.structure) if held else None
 
+    def is_as_lent(self, site: SiteConfig) -> bool:
+        """Whether the model that a run has is still the site's: of the same settings, and of files as they were."""
+        return self._lent is not None and self._lent[1] == _key(site)
+
     def take_back(self, peer: Peer) -> None:
         """Have the model back from a run that is over."""
         lent, self._lent = self._lent, None

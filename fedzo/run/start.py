@@ -6,8 +6,8 @@ From then on ``run.json`` of the run folder holds that agreement, and nothing of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from fedzo.config.plugins import plugin_name
@@ -18,7 +18,7 @@ from fedzo.errors import ConfigError, RunFolderError, shell
 from fedzo.fl.log_store import RunStore
 from fedzo.models.config import BaseConfig
 from fedzo.models.loaded import LoadedModel
-from fedzo.records.folder import RUN_FILE, read_file, replace_file, told_as
+from fedzo.records.folder import RUN_FILE, raised_as, read_file, replace_file
 from fedzo.records.lines import RESTORE
 from fedzo.registry import returned
 from fedzo.report.sinks import phase
@@ -69,7 +69,7 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         RunFolderError: It cannot be written, or is a link.
     """
-    with told_as(RunFolderError, f"run folder {file.parent}: {file.name} must be writable", "Choose another folder."):
+    with raised_as(RunFolderError, f"run folder {file.parent}: {file.name} must be writable", "Choose another folder."):
         if not (file.exists() and read_file(file.parent, file.name) == text.encode()):
             replace_file(file, text, durable=True)
 
@@ -115,7 +115,7 @@ def read_text(run_dir: Path, name: str, remedy: str) -> str:
         RunFolderError: It is missing, a link, or cannot be read.
     """
     rule = f"{run_dir / name}: it must be a readable text"
-    with told_as(RunFolderError, rule, RESTORE):
+    with raised_as(RunFolderError, rule, RESTORE):
         try:
             return read_file(run_dir, name).decode()
         except FileNotFoundError as error:
@@ -138,18 +138,14 @@ def _check_settings(begun: RunConfig, launch: LaunchConfig, run_dir: Path) -> No
         )
 
 
-def calibration_texts(source: RowSource) -> Callable[[], list[str]]:
-    """Gives the prompts of all clients' training rows, for a trainer that is calibrated on them (a simulation only)."""
-
-    def texts() -> list[str]:
-        if not isinstance(source, SimulatedRows):
-            raise ConfigError(
-                "trainer.calibration=train: the server must have training rows, but they are the clients' own. "
-                "Calibrate on other text (trainer.calibration=file or imdb), or give a mask."
-            )
-        return source.prompts()
-
-    return texts
+def calibration_texts(source: RowSource) -> list[str]:
+    """The prompts of all clients' training rows, for a trainer that is calibrated on them (a simulation only)."""
+    if not isinstance(source, SimulatedRows):
+        raise ConfigError(
+            "trainer.calibration=train: the server must have training rows, but they are the clients' own. "
+            "Calibrate on other text (trainer.calibration=file or imdb), or give a mask."
+        )
+    return source.prompts()
 
 
 def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_dir: Path, *, resumed: bool) -> Prepared:
@@ -158,7 +154,7 @@ def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_d
         workplace = Workplace(
             folder=run_dir,
             seed=launch.seed,
-            texts=calibration_texts(source),
+            texts=partial(calibration_texts, source),
             advance=advance,
             inputs=launch.inputs,
             resumed=resumed,

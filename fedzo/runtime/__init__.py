@@ -1,1 +1,1 @@
-"""Where a federation runs: in this process, on Ray, on a local SuperLink."""
+"""Where a federation runs: in this process, on Ray, on a SuperLink of this machine, on sites elsewhere."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from fedzo.config.schema import RunSettings
 
+STARTUP_S = 120.0
+"""How long to wait for a SuperLink, where nobody has said otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeTraits:
@@ -29,6 +32,7 @@ class RuntimeTraits:
         server_process: Whether the server is a process of its own, which opens the run, and not this one.
         own_processes: Whether each client has a process of its own, which answers while it prepares rows.
         has_sites: Whether clients are sites of their own, so that this machine needs no rows.
+        startup_s: How long a server in a process of its own waits for its SuperLink.
     """
 
     takes_turns: bool = False
@@ -36,6 +40,7 @@ class RuntimeTraits:
     own_processes: bool = False
     has_sites: bool = False
     joins_forwards: bool = False
+    startup_s: float = STARTUP_S
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,14 +137,14 @@ def _installed_client_app() -> ClientApp:
 class LocalConfig(RuntimeConfig):
     """A SuperLink and one SuperNode a client on this machine, with TLS. The server and each client hold a model."""
 
-    startup_s: float = 120.0
+    startup_s: float = STARTUP_S
     """How long to wait for SuperLink and SuperNodes to be ready."""
     step_limit_s: float = 3600.0
     """A client that works longer on one message (loading the model included) is stopped and started again."""
 
     @property
     def traits(self) -> RuntimeTraits:
-        return RuntimeTraits(server_process=True, own_processes=True)
+        return RuntimeTraits(server_process=True, own_processes=True, startup_s=self.startup_s)
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from positive("runtime.startup_s", self.startup_s, "Write seconds.")

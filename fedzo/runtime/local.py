@@ -16,7 +16,7 @@ from fedzo.records.folder import CLIENTS_LOG, SITE_FILE
 from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.net.addresses import free_ports
 from fedzo.runtime.net.client_folder import ClientFolder, Invitation
-from fedzo.runtime.net.parts import (
+from fedzo.runtime.net.launch import (
     Site,
     environment,
     start_executor,
@@ -99,7 +99,7 @@ def _network(folder: Path, num_clients: int, listening: Listening) -> Iterator[t
             client = ClientFolder.make(
                 folder / f"client-{index}", address=listening.address, site="", invitation=invitation
             )
-            server.add_client(f"client-{index}", index=index, key=client.public_key)
+            server.registry.add(f"client-{index}", index=index, key=client.public_key)
             clients.append(client)
         yield server, clients
     finally:

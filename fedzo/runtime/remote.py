@@ -22,6 +22,7 @@ from fedzo.fl.log_store import has_begun
 from fedzo.records.folder import CONFIG, make_folder, open_file
 from fedzo.runtime.config import RemoteConfig
 from fedzo.runtime.net.addresses import accepts
+from fedzo.runtime.net.key_registry import RegisteredClient
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.runtime.net.server_process import SERVER_LOG, ServerProcess
 
@@ -82,16 +83,24 @@ def _refuse_gone(server: ServerFolder, run_dir: Path) -> None:
 
 def _check_registered(server: ServerFolder, num_clients: int, *, begun: bool) -> None:
     """Refuse a run that begins without one of its clients, or has begun and has none any more."""
-    registered = {client.index for client in server.clients}
-    missing = sorted(set(range(num_clients)) - registered)
+    clients = server.registry.clients
+    missing = sorted(set(range(num_clients)) - {client.index for client in clients})
     if begun and 0 < len(missing) < num_clients:
         log.warning("clients %s are not registered in %s: the run goes on without them", missing, server.path)
     elif missing:
         lower = "" if begun else ", or lower fl.num_clients"
+        spare = [] if begun else [client for client in clients if client.index >= num_clients]
         raise ConfigError(
             f"fl.num_clients={num_clients}: clients 0 to {num_clients - 1} must be registered in {server.path}, but "
             f"{missing} are not. Register them with `fedzo server add-client`{lower}."
+            f"{_how_to_move(spare[-1], missing[0], server) if spare else ''}"
         )
+
+
+def _how_to_move(client: RegisteredClient, index: int, server: ServerFolder) -> str:
+    arguments = (client.name, "--index", index, "--key", client.key, "--dir", server.path)
+    command = shell("fedzo server add-client", *arguments)
+    return f" Client {client.name} has index {client.index}. To give it {index}: `{command}`."
 
 
 def _show(said: TextIO) -> None:

@@ -58,8 +58,6 @@ class Sketch:
     """Ascending when built, bfloat16 [R, G, 2^bits]."""
     num_columns: int
     """d."""
-    settings: SketchSettings
-    """How it was made."""
     output_error: float
     """tr(D H D^T) with D the matrix less its sketch: twice the mean squared change of the outputs, summed over them."""
     output_energy: float
@@ -108,7 +106,6 @@ def sketch_matrix(
         codes=packed,
         tables=tables,
         num_columns=matrix.shape[1],
-        settings=settings,
         output_error=_quadratic(difference, hessian),
         output_energy=_quadratic(matrix, hessian),
         num_unused=_num_unused(codes, tables),

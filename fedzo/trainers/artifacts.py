@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from fedzo.errors import ProtocolError
 from fedzo.records.fields import HASH
-from fedzo.records.folder import refuse_link
+from fedzo.records.folder import keep_owner, make_folder, open_file, refuse_link
 
 log = logging.getLogger(__name__)
 ARTIFACTS = "artifacts"
@@ -101,9 +101,10 @@ class ArtifactStore:
         """Keep bytes, or a copy of a file."""
         if not content:
             return EMPTY
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
             try:
+                keep_owner(file.fileno(), self.folder.stat())
                 if isinstance(content, bytes):
                     file.write(content)
                     digest = hashlib.sha256(content).hexdigest()
@@ -136,7 +137,7 @@ class ArtifactStore:
             return size
         if size < 1:
             raise ProtocolError(f"{name_of(digest)}: it must have at least 1 byte, got {size}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         part = self.folder / f"{digest}.part"
         with _open_alone(part) as file:
             if self.find(digest):  # another process was faster
@@ -182,7 +183,8 @@ def name_of(digest: str) -> str:
 def _open_alone(part: Path) -> Iterator[BinaryIO]:
     """A file to append to, which no other process has opened by this where the file system knows locks."""
     while True:
-        with part.open("a+b") as file:
+        opened = open_file(part.parent, part.name, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(opened, "a+b") as file:
             with suppress(OSError):  # of a file system without locks: what two processes mix up has another digest
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fedzo.errors import Problem, at_least, not_negative, positive, problem
 from fedzo.registry import PluginConfig, Registry
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 from fedzo.trainers.artifacts import ARTIFACTS, EMPTY, Artifact, ArtifactStore
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Workplace:
     folder: Path
     seed: int
     texts: Callable[[], list[str]]
-    advance: OnProgress = untold
+    advance: OnProgress = no_progress
     inputs: InputsConfig = field(default_factory=InputsConfig)
     resumed: bool = True
 

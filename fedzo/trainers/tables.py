@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,7 +84,7 @@ class Tables:
         if workplace.resumed and kept.exists():
             gradient = read_tables(kept, loaded, content=GRADIENT)
         else:
-            gradient = self._gradient(loaded, tables_of(loaded.model), workplace)
+            gradient = self._gradient(loaded, workplace)
             write_tables(kept, gradient, base_digest=loaded.base_digest, content=GRADIENT)
         return Prepared(gradient=torch.cat([gradient[name].reshape(-1) for name in trained]))
 
@@ -97,14 +96,10 @@ class Tables:
         base = space.values()
         return Built(space, lambda: space.load(base))
 
-    def _gradient(
-        self, loaded: LoadedModel, tables: dict[str, nn.Parameter], workplace: Workplace
-    ) -> dict[str, torch.Tensor]:
-        windows = calibration_windows(self.config, loaded, workplace)
-        done = count(1)
-        gradients = WindowGradients(
-            loaded.model, windows, next_token_loss, lambda: workplace.advance(next(done), len(windows))
-        )
+    def _gradient(self, loaded: LoadedModel, workplace: Workplace) -> dict[str, torch.Tensor]:
+        """The mean over windows, of all tables."""
+        tables, windows = tables_of(loaded.model), calibration_windows(self.config, loaded, workplace)
+        gradients = WindowGradients(loaded.model, windows, next_token_loss, workplace.advance)
         sums = gradients.sums(tables, squares=False).signed
         return {name: (sums[name] / len(windows)).view(table.shape).cpu() for name, table in tables.items()}
 

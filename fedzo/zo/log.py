@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fedzo.errors import ProtocolError
-from fedzo.records.fields import MOST_OWNERS
+from fedzo.records.fields import MAX_OWNERS
 from fedzo.records.log import Proof, PublicLine, VectorLine
 from fedzo.zo.directions import SHARED
-from fedzo.zo.seeds import OWN, step_key
+from fedzo.zo.seeds import OWN, step_key, step_keys
 from fedzo.zo.spaces.base import Space, Values, take_steps
 
 Scalars = npt.NDArray[np.float32]
 _HEADER = struct.Struct("<IfHHH")  # round, lr, T, P, owners and the flag
-_HAS_DIRECTIONS = MOST_OWNERS + 1  # a word that says whose directions they are follows the header
+_HAS_DIRECTIONS = MAX_OWNERS + 1  # a word that says whose directions they are follows the header
 _VECTOR = struct.Struct("<Q32s")  # size and SHA-256 of a vector, after a header without steps, probes and owners
 EMPTY_CHAIN = hashlib.sha256(b"fedzo log 1").digest()
 """The chain before the first record."""
@@ -59,6 +59,11 @@ class RoundRecord:
     def shared(self) -> bool:
         """Whether all clients stepped along the same directions, so that a step and probe has but one."""
         return SHARED in (self.directions, self.owners[0])
+
+    def keys_of(self, run_seed: int, *, step: int, column: int) -> list[int]:
+        """Keys of the directions that a column has in a step, one a probe."""
+        probes, owner = self.coefficients.shape[1], self.owners[column]
+        return step_keys(run_seed, round=self.round, step=step, probes=probes, owner=owner, directions=self.directions)
 
     def to_bytes(self) -> bytes:
         """The record as it travels: 14 bytes of header, 4 an owner, 4 a scalar, little endian.
@@ -204,7 +209,7 @@ def unpack(data: bytes) -> Iterator[LogRecord]:
             record, at = _unpack_vector(data, at, round=round, lr=lr)
             yield record
             continue
-        words = int(count > MOST_OWNERS)
+        words = int(count > MAX_OWNERS)
         count %= _HAS_DIRECTIONS
         if not (steps and probes and count and np.isfinite(lr) and lr >= 0):
             raise ProtocolError(
@@ -263,7 +268,7 @@ def apply_steps(space: Space, scalars: Iterable[tuple[np.float32, int]], *, lr: 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """What a rule adds to the estimate of each of a client's local steps: ``along + pull * (theta - start)``.
+    """What a server optimizer adds to the estimate of each local step of a client: ``along + pull * (theta - start)``.
 
     Attributes:
         along: float32 [n], the same in all steps of a round.
@@ -293,7 +298,7 @@ def local_step(space: Space, *, lr: float, c: Scalars, keys: Sequence[int], drif
         lr: Learning rate of the round, a float32 value.
         c: g / P of each probe, float32 [P].
         keys: Keys of the probes' directions.
-        drift: The rule's correction, if it has one.
+        drift: The server optimizer's correction, if it has one.
     """
     if drift is not None and np.any(c):
         theta, along = space.values(), drift.along
@@ -306,12 +311,9 @@ def local_step(space: Space, *, lr: float, c: Scalars, keys: Sequence[int], drif
 
 def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np.float32, int]]:
     """A round's scalars c with the keys of their directions, in the log's order: (step, probe, owner)."""
-    steps, probes, _ = record.coefficients.shape
-    for t in range(steps):
-        for p in range(probes):
-            for o, owner in enumerate(record.owners):
-                key = step_key(run_seed, round=record.round, step=t, probe=p, owner=owner, directions=record.directions)
-                yield record.coefficients[t, p, o], key
+    for (t, p, column), c in np.ndenumerate(record.coefficients):
+        owner = record.owners[column]
+        yield c, step_key(run_seed, round=record.round, step=t, probe=p, owner=owner, directions=record.directions)
 
 
 def apply_record(space: Space, record: RoundRecord, *, run_seed: int) -> None:

@@ -30,17 +30,16 @@ from torch._C import DisableTorchFunctionSubclass
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction, add_direction_rows, fused
-from fedzo.zo.directions_cuda import CudaDirections
-from fedzo.zo.together import Together
+from fedzo.zo.tensor_group import TensorGroup
 
 Function = Callable[..., Any]
 
 GROUPS_KEPT = 2
 """Of weights that are made together, how many groups are there at a time."""
 _ADDRESS = (
-    "trainer=mezo must see every use of a weight, but a kernel of this model takes a trained weight by its address, "
-    "where the unperturbed one lies. Uninstall the package of that kernel (such as mamba_ssm), so that transformers "
-    "runs its own code, or write trainer=meerkat."
+    "FullSpace must see every use of a weight, but a kernel of this model takes a trained weight by its address, where "
+    "the unperturbed one lies. Uninstall the package of that kernel (such as mamba_ssm), so that transformers runs its "
+    "own code, or train a mask or an adapter (MaskedSpace, DenseSpace)."
 )
 _VIEWS = {"T", "mT", "H", "mH", "data", "real"}  # properties whose value carries the weight's numbers
 _METADATA = {
@@ -67,6 +66,10 @@ _METADATA = {
 class PerturbedWeights:
     """Within ``active()``, parameters read as theta + scale * z, for every thread.
 
+    Attributes:
+        groups: What is made together; of all probes of a space the same object.
+        kernels: The fused kernels that make the perturbed values, where there are any.
+
     Args:
         weights: The trained parameters.
         starts: Coordinates of their first elements.
@@ -84,32 +87,22 @@ class PerturbedWeights:
         scale: float,
         key: int,
         distribution: Distribution,
-        groups: Mapping[int, Together],
+        groups: Mapping[int, TensorGroup],
     ) -> None:
         self._weights = weights
         self._starts = {id(weight): start for weight, start in zip(weights, starts, strict=True)}
         self._scale = scale
         self._key = key
         self._distribution = distribution
-        self._groups = groups
-        self._kernels = fused(weights[0].device)
-        self._spent: set[Together] = set()
+        self.groups = groups
+        self.kernels = fused(weights[0].device)
+        self._spent: set[TensorGroup] = set()
         self._made: dict[int, torch.Tensor] = {}
-        self._made_first: Sequence[Together] = ()
+        self._made_first: Sequence[TensorGroup] = ()
         self._recent: deque[dict[int, torch.Tensor]] = deque()
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @property
-    def groups(self) -> Mapping[int, Together]:
-        """What is made together; of all probes of a space the same object."""
-        return self._groups
-
-    @property
-    def kernels(self) -> CudaDirections | None:
-        """The fused kernels that make the perturbed values, where there are any."""
-        return self._kernels
-
-    def make(self, tensors: Sequence[Together]) -> None:
+    def make(self, tensors: Sequence[TensorGroup]) -> None:
         """Make perturbed values now and keep them, all probes of a space in the same place."""
         self._made_first = tensors
         with DisableTorchFunctionSubclass():
@@ -134,8 +127,8 @@ class PerturbedWeights:
 
     def write_draw(self) -> None:
         """Let kernels that read their draw later (``CudaDirections.reading_later``) make this probe's values."""
-        if self._kernels is not None:
-            self._kernels.write_draw(self._key, float(np.float32(self._scale)))
+        if self.kernels is not None:
+            self.kernels.write_draw(self._key, float(np.float32(self._scale)))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -193,7 +186,7 @@ class PerturbedWeights:
         for made in (self._made, *self._recent):
             if id(weight) in made:
                 return made[id(weight)]
-        group = self._groups.get(id(weight))
+        group = self.groups.get(id(weight))
         if group is None or group in self._spent:
             return None
         self._spent.add(group)

@@ -24,7 +24,6 @@ import torch
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction, dot_direction
 from fedzo.zo.log import RoundRecord, Scalars, scalars_and_keys
-from fedzo.zo.seeds import step_keys
 
 Numbers = npt.NDArray[np.float64]
 
@@ -77,15 +76,7 @@ def virtual_paths(
 
     @lru_cache(maxsize=steps)  # what all share is made once; an owner's own is asked for once
     def products(column: int, step: int) -> Numbers:
-        keys = step_keys(
-            run_seed,
-            round=record.round,
-            step=step,
-            probes=probes,
-            owner=record.owners[column],
-            directions=record.directions,
-        )
-        return gram(gradient, keys, distribution=distribution)
+        return gram(gradient, record.keys_of(run_seed, step=step, column=column), distribution=distribution)
 
     paths = {}
     for client, sent in scalars.items():
@@ -117,15 +108,9 @@ def round_products(
     """
     _check_gradient(gradient)
     keys = [key for _, key in scalars_and_keys(record, run_seed=run_seed)]
-    distinct = list(dict.fromkeys(keys))
-    products = dict(zip(distinct, inner_products(gradient, distinct, distribution=distribution), strict=True))
+    products = {key: dot_direction(gradient, key, distribution=distribution) for key in dict.fromkeys(keys)}
     xi = np.array([products[key] for key in keys]).reshape(record.coefficients.shape)
     return xi[:, :, :1] if record.shared else xi
-
-
-def inner_products(gradient: torch.Tensor, keys: Sequence[int], *, distribution: Distribution) -> Numbers:
-    """Xi of each direction, float64 [len(keys)]: <gradient, z>, one pass a direction that keeps nothing."""
-    return np.array([dot_direction(gradient, key, distribution=distribution) for key in keys])
 
 
 def gram(like: torch.Tensor, keys: Sequence[int], *, distribution: Distribution) -> Numbers:

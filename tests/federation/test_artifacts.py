@@ -134,7 +134,7 @@ def test_a_site_that_is_started_again_has_the_artifact_of_its_run_until_another_
     data, digest = kept.read_bytes(), kept.name
 
     def asked(site: ClientWorker) -> Status:
-        state = {"config_hash": site.identity.config_hash, "space_id": digest, "chain": EMPTY_CHAIN.hex()}
+        state = {"config_hash": site.config_hash, "space_id": digest, "chain": EMPTY_CHAIN.hex()}
         return site.evaluate(EvaluateRequest(client=0, **state)).status
 
     site = start(first)

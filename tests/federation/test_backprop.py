@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fedzo.commands.client_path import replay_client
+from fedzo.commands.evaluate import evaluate_run
+from fedzo.commands.export import export_run
+from fedzo.commands.replay import replay_client, replay_run
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.train import resume_run, start_run
-from fedzo.commands.trained import evaluate_run, export_run, replay_run
 from fedzo.config.load import load
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
@@ -79,9 +80,9 @@ def opened(config: Any, folder: Path) -> tuple[Process, Workspace]:
     return process, process.peer.workspace(process.peer.trainer.prepare(process.peer.loaded, workplace).artifact)
 
 
-def gradient_of(process: Process, at: Workspace, rows: list[Example], loss: Loss, tokens: int = 4096) -> Any:
+def gradient_of(process: Process, workspace: Workspace, rows: list[Example], loss: Loss, tokens: int = 4096) -> Any:
     planning = Planning(tokens, arithmetic=DIFFERENTIABLE)
-    return at.replica.space.gradient(  # type: ignore[attr-defined]
+    return workspace.replica.space.gradient(  # type: ignore[attr-defined]
         lambda: example_losses(process.peer.loaded, rows, planning, loss=loss).mean()
     )
 
@@ -97,15 +98,15 @@ def test_the_gradient_is_autograd_s_of_the_loss_written_once_more(
 ) -> None:
     words = ["task.candidates=['a','b']"] if answers == "single tokens" else []
     config = load(overrides(BACKPROP, f"trainer={trainer}", f"task.loss={loss}", *words))
-    process, at = opened(config, tmp_path)
+    process, workspace = opened(config, tmp_path)
     rows = process.client.data(0).train[:3]
     assert {len(candidate) == 1 for row in rows for candidate in row.candidates} == {answers == "single tokens"}
-    before = at.replica.space.digest()
+    before = workspace.replica.space.digest()
 
-    told, g = gradient_of(process, at, rows, config.task.loss)
-    split, halves = gradient_of(process, at, rows, config.task.loss, tokens=40)
+    told, g = gradient_of(process, workspace, rows, config.task.loss)
+    split, halves = gradient_of(process, workspace, rows, config.task.loss, tokens=40)
 
-    assert at.replica.space.digest() == before
+    assert workspace.replica.space.digest() == before
     assert told == pytest.approx(
         mean_loss(process.peer.loaded, rows, loss=config.task.loss, tokens_per_batch=4096), rel=1e-6
     )
@@ -134,13 +135,13 @@ def test_the_gradient_of_a_dense_space_is_the_slope_of_the_loss(
     if packed:
         pytest.importorskip("torchao")
     config = load(overrides(BACKPROP, f"trainer={trainer.split()[0]}", "task.max_length=64", *packed))
-    process, at = opened(config, tmp_path)
-    space, rows = at.replica.space, process.client.data(1).train[:3]
+    process, workspace = opened(config, tmp_path)
+    space, rows = workspace.replica.space, process.client.data(1).train[:3]
     draw = np.random.default_rng(5)
     theta = space.values() + np.float32(0.02) * draw.standard_normal(space.size).astype(np.float32)  # LoRA's B is 0
     space.load(theta)
 
-    _, g = gradient_of(process, at, rows, config.task.loss)
+    _, g = gradient_of(process, workspace, rows, config.task.loss)
 
     along = g.numpy().astype(np.float64)
     along /= np.linalg.norm(along)
@@ -157,8 +158,8 @@ def test_a_16_bit_model_with_a_float32_master_gives_about_the_same_gradient(
     gradients = []
     for dtype in ("float32", "bfloat16"):
         config = load(overrides(BACKPROP, f"model.dtype={dtype}"))
-        process, at = opened(config, tmp_path)
-        gradients.append(gradient_of(process, at, process.client.data(0).train[:3], config.task.loss)[1].numpy())
+        process, workspace = opened(config, tmp_path)
+        gradients.append(gradient_of(process, workspace, process.client.data(0).train[:3], config.task.loss)[1].numpy())
 
     wide, narrow = gradients
     assert narrow.dtype == np.float32

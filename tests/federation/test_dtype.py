@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from fedzo.commands.replay import replay_run
 from fedzo.commands.run_folder import rebuild
-from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.evaluate import answers
 from fedzo.fl.client import scalar_update
 from fedzo.fl.messages import TrainRequest
-from fedzo.models import fidelity
+from fedzo.models import auto_dtype
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.products import RoundedProducts
 from fedzo.run import peer
@@ -91,7 +91,7 @@ def test_a_process_that_is_started_again_within_a_run_decides_by_rows_of_the_cli
 
     request = TrainRequest(
         client=3,
-        config_hash=process.client.worker.identity.config_hash,
+        config_hash=process.client.worker.config_hash,
         space_id=artifact.digest,
         chain=EMPTY_CHAIN.hex(),
         steps=1,
@@ -110,8 +110,8 @@ def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
     monkeypatch: pytest.MonkeyPatch,
     trainer: str,
 ) -> None:
-    monkeypatch.setattr(fidelity, "_LARGEST_ERROR", math.inf)
-    monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+    monkeypatch.setattr(auto_dtype, "_LARGEST_ERROR", math.inf)
+    monkeypatch.setattr(auto_dtype, "_LARGEST_TIME", math.inf)
     settings = (f"trainer={trainer}", "fl.local_steps=2", "server_optimizer.lr=1e-4")
 
     auto, plain = run("model.dtype=auto", *settings), run("model.dtype=float32", *settings)
@@ -131,12 +131,46 @@ def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
     assert dtypes[2:] == [torch.float32] * 3  # what is rebuilt is not measured again
 
 
+@pytest.mark.parametrize("short", ["fitting_tokens_per_batch", "coarseness_warning"])
+def test_a_site_whose_memory_was_too_small_at_first_keeps_its_choice_and_float32s_values(
+    short: str,
+    overrides: Callable[..., list[str]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next request finds memory; what bfloat16 has rounded must not be what is trained then."""
+    monkeypatch.setattr(auto_dtype, "_LARGEST_ERROR", math.inf)
+    monkeypatch.setattr(auto_dtype, "_LARGEST_TIME", math.inf)
+    asked = ("float32", "auto")
+    plain, process = (open_run(load(overrides(f"model.dtype={dtype}")), tmp_path / dtype) for dtype in asked)
+    assert plain.launched is not None
+    artifact, rows = plain.launched.prepared.artifact, process.server.trial_rows
+    start = plain.peer.workspace(artifact).replica.space.digest()
+    fitting = getattr(peer, short)
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise ConfigError("not even one sequence fits")
+
+    monkeypatch.setattr(peer, short, refuses)
+    with pytest.raises(ConfigError, match="not even one sequence"):
+        process.peer.workspace(artifact, trial_rows=rows)
+    monkeypatch.setattr(peer, short, fitting)
+    replica = process.peer.workspace(artifact, trial_rows=rows).replica
+
+    assert process.peer.loaded.model.get_input_embeddings().weight.dtype is torch.bfloat16
+    assert len([line for line in said(caplog) if "bfloat16 is chosen" in line]) == 1
+    assert replica.space.digest() == start
+    replica.reset()
+    assert replica.space.digest() == start
+
+
 def test_rounded_products_make_the_steps_losses_where_they_are_true_and_nothing_else(
     run: Run, lines: Lines, dtypes: list[torch.dtype], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offered = RoundedProducts("float32 with TF32 products", "high")  # a CPU's are float32's with that permission
     monkeypatch.setattr(peer, "rounded_products", lambda device: offered)
-    monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+    monkeypatch.setattr(auto_dtype, "_LARGEST_TIME", math.inf)
     before, of_steps, of_scores = torch.get_float32_matmul_precision(), set(), set()
 
     def spied(module: Any, name: str, seen: set[str]) -> None:
@@ -172,8 +206,8 @@ def test_a_second_model_that_has_no_room_beside_float32s_is_not_tried(
 ) -> None:
     monkeypatch.setattr(peer, "available_memory_bytes", lambda device: 0)
     monkeypatch.setattr(peer, "rounded_products", lambda device: rounded)
-    monkeypatch.setattr(fidelity, "_LARGEST_ERROR", math.inf)
-    monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+    monkeypatch.setattr(auto_dtype, "_LARGEST_ERROR", math.inf)
+    monkeypatch.setattr(auto_dtype, "_LARGEST_TIME", math.inf)
 
     run("model.dtype=auto", "fl.rounds=1")
 
@@ -228,7 +262,7 @@ def test_where_bfloat16_fails_rounded_products_are_tried(
 
     monkeypatch.setattr(peer, "try_out", tries)
     monkeypatch.setattr(peer, "rounded_products", lambda device: offered)
-    monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+    monkeypatch.setattr(auto_dtype, "_LARGEST_TIME", math.inf)
 
     run("model.dtype=auto", "fl.rounds=1")
 

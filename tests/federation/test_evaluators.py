@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.commands.trained import evaluate_run
+from fedzo.commands.evaluate import evaluate_run
 
 Ask = Callable[[str, object], Any]
 PACKAGE = Path(__file__).resolve().parents[1] / "third_party"
@@ -37,9 +37,9 @@ print(json.dumps([told(overrides) for overrides in json.loads(sys.argv[1])]))
 RUN = """
 import json, sys
 from pathlib import Path
+from fedzo.commands.evaluate import evaluate_run
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.train import start_run
-from fedzo.commands.trained import evaluate_run
 from fedzo.config.load import load
 from fedzo.models.generate import generate
 from fedzo.report.html import write_report

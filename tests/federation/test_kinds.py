@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
-from fedzo.commands.trained import export_run, generate_run, replay_run
+from fedzo.commands.export import export_run
+from fedzo.commands.generate import generate_run
+from fedzo.commands.replay import replay_run
 from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer
 
 Run = Callable[..., Path]
@@ -84,7 +86,7 @@ def test_an_instruction_run_writes_to_a_prompt_as_to_a_row(
         assert settings["ends"] == {2}  # <eos>
         return ["it is 3"]
 
-    monkeypatch.setattr("fedzo.commands.trained.generate", written)
+    monkeypatch.setattr("fedzo.commands.generate.generate", written)
 
     assert generate_run(folder, ["what?"], max_new_tokens=6) == ["it is 3"]
     assert list(asked[0]) == byte_tokenizer()("<bos>user\nwhat?<eos>\n<bos>assistant\n")["input_ids"]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.commands.replay import replay_run
 from fedzo.commands.train import resume_run
-from fedzo.commands.trained import replay_run
 from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.memory import ForwardSeconds
 
@@ -132,7 +132,7 @@ def test_the_estimate_counts_the_rows_that_run_to_be_kept_and_no_later_visit(
         return inner(self, ids)
 
     monkeypatch.setattr(LowerLayers, "run", counted)
-    monkeypatch.setattr("fedzo.run.estimate.time_forwards", lambda loaded, num_tokens: ForwardSeconds(0.0, 1.0))
+    monkeypatch.setattr("fedzo.run.costs.time_forwards", lambda loaded, num_tokens: ForwardSeconds(0.0, 1.0))
     folder = run(
         *("trainer=norms", "trainer.first_layer=2", "model.lower_layers_cache_mb=1", f"fl.rounds={rounds}"),
         *("evaluation.every_rounds=1", "evaluation.federated_every_rounds=-1", "task.candidates=[a,b]"),

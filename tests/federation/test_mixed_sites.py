@@ -15,8 +15,8 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
+from fedzo.commands.replay import replay_run
 from fedzo.commands.run_folder import read_launch, read_run
-from fedzo.commands.trained import replay_run
 from fedzo.models.config import DType
 from fedzo.run import apps
 from fedzo.run.client_context import ClientContext

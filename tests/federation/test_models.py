@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedzo.commands.generate import generate_run
+from fedzo.commands.replay import replay_run
 from fedzo.commands.run_folder import rebuild
-from fedzo.commands.trained import generate_run, replay_run
 from fedzo.errors import ConfigError
 from fedzo.testing.tiny_models import WITHOUT_ATTENTION, byte_tokenizer, save_tiny_model
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from fedzo.commands import trained
+from fedzo.commands import evaluate
+from fedzo.commands.evaluate import evaluate_run
+from fedzo.commands.replay import replay_run
 from fedzo.commands.train import resume_run
-from fedzo.commands.trained import evaluate_run, replay_run
 from fedzo.config.load import load
 from fedzo.data import sources
 from fedzo.errors import ConfigError
@@ -73,7 +74,7 @@ def test_a_site_reads_its_rows_for_their_digest_and_their_tokens_and_not_again(
     assert process.launched is not None
     request = TrainRequest(
         client=3,
-        config_hash=worker.identity.config_hash,
+        config_hash=worker.config_hash,
         space_id=process.launched.prepared.artifact.digest,
         chain=EMPTY_CHAIN.hex(),
         steps=1,
@@ -106,8 +107,8 @@ def test_rows_that_a_run_does_not_have_are_missed_before_its_model_is_rebuilt(
         raise AssertionError("the model is rebuilt")
 
     config = load(overrides(*settings, *([sites] if settings is SETTINGS else [])))
-    monkeypatch.setattr(trained, "read_run", lambda folder: config)
-    monkeypatch.setattr(trained, "rebuild", refuse)
+    monkeypatch.setattr(evaluate, "read_run", lambda folder: config)
+    monkeypatch.setattr(evaluate, "rebuild", refuse)
 
     with pytest.raises(
         ConfigError, match=rf"it must have {split} rows to score, {why}\. `fedzo export` writes its model"

@@ -11,8 +11,8 @@ import pytest
 from transformers import LlamaConfig
 
 from fedzo.bench.step import open_bench
+from fedzo.commands.replay import replay_run
 from fedzo.commands.train import start_run
-from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models import load as loading

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from fedzo.commands.replay import replay_run
 from fedzo.commands.train import resume_run, start_or_resume_run
-from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import RunFolderError
 from fedzo.fl.server.client_registry import ClientRegistry

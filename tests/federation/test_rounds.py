@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedzo.commands.evaluate import evaluate_run
+from fedzo.commands.replay import replay_run
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.train import start_run
-from fedzo.commands.trained import evaluate_run, replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.fl.server.rounds import FederationError
@@ -271,7 +272,7 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     worker.train(
         TrainRequest(
             client=0,
-            config_hash=worker.identity.config_hash,
+            config_hash=worker.config_hash,
             space_id=artifact.digest,
             chain=EMPTY_CHAIN.hex(),
             check=replica.space.check(),
@@ -293,7 +294,7 @@ def test_a_client_does_nothing_that_its_run_did_not_announce(overrides: Override
     worker = process.client.worker
     sound = {
         "client": 3,
-        "config_hash": worker.identity.config_hash,
+        "config_hash": worker.config_hash,
         "space_id": process.peer.config.artifact,
         "chain": EMPTY_CHAIN.hex(),
     }
@@ -373,7 +374,7 @@ def test_a_run_that_chooses_settings_scores_no_test_row_and_has_the_dev_rows_of_
     run: Run, lines: Lines, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where one file holds all rows. A token takes a second in the estimate, however busy this machine is."""
-    monkeypatch.setattr("fedzo.run.estimate.time_forwards", lambda loaded, num_tokens: ForwardSeconds(0.0, 1.0))
+    monkeypatch.setattr("fedzo.run.costs.time_forwards", lambda loaded, num_tokens: ForwardSeconds(0.0, 1.0))
     settings = [f"data.path={data_dir / 'train.jsonl'}", "split.num_test=8", "split.num_dev=6"]
 
     chosen, tested = run("evaluation.test=false", *settings), run(*settings)

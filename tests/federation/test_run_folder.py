@@ -13,8 +13,9 @@ import pytest
 
 from fedzo.cli import main
 from fedzo.commands import run_folder, train
+from fedzo.commands.replay import replay_run
+from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.commands.train import resume_run, start_or_resume_run, start_run
-from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, FolderInUseError, RunFolderError
 from fedzo.fl.log_store import RunStore
@@ -56,6 +57,31 @@ def read_all(folder: Path, out: Path) -> list[int]:
     if not list(folder.glob("vectors")):
         commands.append(["replay", name, "--client", "0", "--round", "1", "--out", str(out / "path.safetensors")])
     return [main(command) for command in commands]
+
+
+def test_the_run_folder_holds_what_made_the_run(run: Run) -> None:
+    folder = run("seed=7")
+
+    environment = json.loads((folder / "environment.json").read_text())
+    assert read_run(folder).seed == 7
+    assert (folder / "overrides.yaml").read_text() == '- "seed=7"\n'
+    assert environment["packages"]["flwr"].startswith("1.41.")
+    assert (environment["device"], environment["threads"]) == ("cpu", 1)
+    assert len(environment["config_hash"]) == 64
+    assert (folder / "rows" / f"client-0-{environment['run_id']}.json").exists()  # as a site names what it keeps
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_one_without_is_named(
+    run: Run, overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    folder = run()
+
+    with pytest.raises(RunFolderError, match="it holds a run"):
+        start_run(load(overrides()), folder, overrides=[])
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        rebuild(tmp_path)
+    with pytest.raises(ConfigError, match="--rounds must be 0 to 3, the rounds done, got 4"):
+        rebuild(folder, rounds=4)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +163,7 @@ def test_no_command_follows_a_link_out_of_a_run_folder(
         if command[0] == "resume" and name == "artifacts/*":
             continue  # put in its place anew, which leaves the file outside alone
         assert code == 1
-        assert f"{linked}: it must lie in the run folder itself, got a link to {outside}" in error
+        assert f"{linked}: it must lie in its folder itself, got a link to {outside}" in error
         assert snapshot(folder) == before
 
     assert (snapshot(outside) if outside.is_dir() else outside.read_bytes()) == there
@@ -308,6 +334,50 @@ def test_a_run_that_is_made_longer_is_the_run_that_was_begun_so_long(
     before = (folder / "metrics.jsonl").read_bytes()
     resume_run(folder, rounds=6)  # the same command again
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_goes_on_with_other_versions_says_so_once_and_keeps_both(
+    finished: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = finished("fl.rounds=2")
+    told = json.loads((folder / "environment.json").read_text())
+    packages = {**told["packages"], "torch": "1.0"}
+    begun = {**told, "fedzo": "0.1.0+0123456789ab", "threads": 7, "platform": "an older kernel", "packages": packages}
+    (folder / "environment.json").write_text(json.dumps(begun))
+
+    resume_run(folder)  # which computes nothing more
+    assert json.loads((folder / "environment.json").read_text()) == begun
+    for rounds in (3, 4):
+        resume_run(folder, rounds=rounds)
+
+    changed = {"round": 2, "fedzo": told["fedzo"], "threads": 1, "torch": told["packages"]["torch"]}
+    assert json.loads((folder / "environment.json").read_text()) == {**begun, "later": [changed]}
+    (warned,) = [record.getMessage() for record in caplog.records if "is computed with" in record.getMessage()]
+    assert f"from round 2 on, the run is computed with fedzo {told['fedzo']} (before 0.1.0+0123456789ab)" in warned
+    assert "threads 1 (before 7)" in warned
+    assert f"torch {told['packages']['torch']} (before 1.0)" in warned
+
+
+def test_a_spoilt_environment_is_refused_before_a_model_is_loaded_and_one_that_was_deleted_is_written_anew(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished("fl.rounds=2")
+    file = folder / "environment.json"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open_run", None)
+        for spoilt in ("[]", '{"packages": null}', '{"later": null}', '{"later": [1]}'):
+            file.write_text(spoilt)
+            before = snapshot(folder)
+            with pytest.raises(RunFolderError, match=r"/environment\.json: must hold .* or delete it to go on without"):
+                resume_run(folder, rounds=3)
+            assert snapshot(folder) == before
+    file.unlink()
+    resume_run(folder, rounds=3)
+
+    told = json.loads(file.read_text())
+    assert told["threads"] == 1
+    assert "later" not in told
 
 
 def test_a_kill_while_a_run_is_made_longer_is_made_up_for(

@@ -19,14 +19,18 @@ from flwr.app import Context, Message, RecordDict
 from safetensors.torch import load_file, save_file
 
 import fedzo.models.adapters  # noqa: F401  (its libraries log an error when imported, whose frames caplog would keep)
+from fedzo.commands.evaluate import evaluate_run
+from fedzo.commands.export import export_run
+from fedzo.commands.replay import replay_run
 from fedzo.commands.train import resume_run, start_run
-from fedzo.commands.trained import evaluate_run, export_run, replay_run
 from fedzo.config.load import load
 from fedzo.config.schema import LaunchConfig, SiteConfig
-from fedzo.errors import ConfigError, RunFolderError
+from fedzo.data.partition import partition
+from fedzo.errors import ConfigError, PluginError, RunFolderError
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.log_store import RunLog
 from fedzo.fl.messages import EvaluateReply, Hello, HelloReply, Refusal, TrainReply, TrainRequest, decode, encode
+from fedzo.fl.server.registration import registration_problem
 from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.site_limits import SiteError
 from fedzo.models.config import ModelConfig
@@ -72,7 +76,7 @@ def test_what_a_server_sends_is_kept_beside_the_sites_file_where_no_folder_is_na
 
     process = opened(folder, (folder / "site.json").read_text())
 
-    assert process.client.artifacts.folder == tmp_path / ARTIFACTS
+    assert process.client.worker._artifacts.folder == tmp_path / ARTIFACTS
     assert [*(tmp_path / ARTIFACTS).iterdir()] == [tmp_path / ARTIFACTS / ("a" * 64)]
 
 
@@ -84,12 +88,59 @@ def test_a_site_holds_model_and_rows_where_and_how_it_likes(
     shutil.copytree(data_dir, tmp_path / "rows")
 
     site = "device: cpu\nthreads: 1\nmodel: {name: ./elsewhere, dtype: bfloat16}\ndata: {path: ./rows}\n"
-    peer = opened(folder, site).peer
+    process = opened(folder, site)
 
-    assert peer.loaded.model.dtype.itemsize == 2
-    assert peer.identity.config_hash == replay_run(folder)["config_hash"]
-    assert peer.identity.base_digest == peer.config.base.weights_digest
+    assert process.peer.loaded.model.dtype.itemsize == 2
+    assert process.identity.config_hash == replay_run(folder)["config_hash"]
+    assert process.identity.base_digest == process.peer.config.base.weights_digest
     assert len(this_process((folder / "run.json").read_text()).client.data(0).train) > 0
+
+
+def test_a_client_that_deals_the_rows_otherwise_than_the_server_is_refused(
+    finished: Run, opened: Callable[[Path, str], Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with another numpy, or a plugin that draws by no seed: it has as many rows, and some are another client's."""
+    folder = finished("fl.rounds=1")
+    site = (folder / "site.json").read_text()
+    server = opened(folder, site).identity
+
+    def refused() -> str:
+        forget_process()
+        reply = opened(folder, site).client.worker.hello(Hello(client=0))
+        assert reply.num_train > 0
+        return registration_problem(0, reply, identity=server, num_labels=0, first=None)
+
+    def turned(rows: Any, config: Any, **run: Any) -> list[list[int]]:
+        first, *others = partition(rows, config, **run)
+        return [*others, first]
+
+    assert refused() == ""
+    monkeypatch.setattr("fedzo.data.rows.partition", turned)
+    assert refused().startswith("its partition of the rows must be the server's")
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("it deals no row twice"), PluginError("it deals no lists"), OSError("its file is on no disk")]
+)
+def test_a_client_that_cannot_deal_the_rows_refuses_for_its_rows_whatever_the_error(
+    finished: Run,
+    opened: Callable[[Path, str], Process],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    """The server then ends the start at once, and no client is waited for that no retry mends."""
+    folder = finished("fl.rounds=1")
+    config_hash = replay_run(folder)["config_hash"]
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("fedzo.data.rows.partition", fails)
+    reply = opened(folder, (folder / "site.json").read_text()).client.worker.hello(Hello(client=0))
+
+    assert reply == HelloReply(config_hash=config_hash, refusal=Refusal.rows)
+    assert str(error) in caplog.text
 
 
 def test_another_start_of_the_same_run_reads_the_sites_file_and_rows_anew(
@@ -134,6 +185,35 @@ def test_a_site_that_was_refused_before_the_run_begins_reads_its_file_anew(
     assert greet().refusal is Refusal.few_rows  # and reads the file
     assert greet().refusal is Refusal.none
     assert this_process(context.run_config["config"]) is not process
+
+
+@pytest.mark.usefixtures("flower_task")
+@pytest.mark.parametrize("in_place", [False, True], ids=["another folder", "other files"])
+def test_a_site_with_another_model_than_the_servers_looks_at_it_anew_when_it_is_told_so(
+    in_place: bool, finished: Run, opened: Callable[[Path, str], Process], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Only the server sees it: the site itself has refused nothing."""
+    folder, other = finished("fl.rounds=1"), save_tiny_model(tmp_path / "other", "llama", seed=1)
+    site = json.loads((folder / "site.json").read_text())
+    opened(folder, json.dumps({**site, "model": {**site["model"], "name": str(other)}}))
+    text = (folder / "run.json").read_text()
+    context = Context(1, 1, {}, RecordDict(), {"config": text})
+
+    def digest(why: str, *, begun: bool = False) -> str:
+        request = Message(encode(Hello(client=0, begun=begun, why=why)), dst_node_id=1, message_type="query.hello")
+        return decode(HelloReply, apps.client_app(request, context).content).base_digest
+
+    agreed = json.loads(text)["base"]["weights_digest"]
+    wrong = digest("")
+    assert wrong != agreed
+    if in_place:
+        shutil.rmtree(other)
+        shutil.copytree(tiny_model_dir, other)
+    else:
+        (tmp_path / "site.yaml").write_text(json.dumps(site))
+
+    assert digest("") == digest("its base weights must be the server's", begun=True) == wrong
+    assert digest("its base weights must be the server's") == agreed
 
 
 def test_a_run_that_was_launched_in_this_process_stays_open(overrides: Overrides, tmp_path: Path) -> None:
@@ -277,7 +357,7 @@ def test_a_file_that_cannot_be_written_is_named_and_a_link_is_told_as_one(tmp_pa
     (tmp_path / "outside").write_text("{}")
     (tmp_path / "site.json").symlink_to(tmp_path / "outside")
 
-    with pytest.raises(RunFolderError, match=r"/site\.json: it must lie in the run folder itself, got a link to"):
+    with pytest.raises(RunFolderError, match=r"/site\.json: it must lie in its folder itself, got a link to"):
         write_whole(tmp_path / "site.json", "[]")
     with pytest.raises(RunFolderError, match=r"outside: site\.json must be writable, got 'Not a directory'\. Choose"):
         write_whole(tmp_path / "outside" / "site.json", "[]")
@@ -348,6 +428,22 @@ def test_clients_in_processes_of_their_own_find_a_folder_for_their_log(
     folder = run("runtime=ray")
 
     assert seen == [folder / "logs" / "clients.log"]
+
+
+def test_what_clients_in_processes_of_their_own_failed_at_is_told_once_and_without_its_time(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = ["registering as client 0", "client 0: its disk is full", "client 1: no rows", "client 0: its disk is full"]
+
+    def build(config: object, *, num_clients: int, run_dir: Path, run_json: str) -> None:
+        dated = [f"2026-01-01 09:00:0{second},125 {line}\n" for second, line in enumerate(lines)]
+        Path(os.environ["FEDZO_SITE_LOG"]).write_text("".join([*dated, "Traceback (most recent call last):\n"]))
+
+    monkeypatch.setattr("fedzo.commands.train.RUNTIMES.build", build)
+    log = run("runtime=ray") / "logs" / "clients.log"
+
+    told = [record.getMessage() for record in caplog.records if str(log) in record.getMessage()]
+    assert told == [f"client 0: its disk is full ({log})", f"client 1: no rows ({log})"]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +532,7 @@ def test_what_a_run_took_beside_the_model_is_gone_when_the_next_one_begins(
         process = opened(folders[0], site)
         worker, artifact = process.client.worker, process.peer.config.artifact
         asked = TrainRequest(
-            client=0, config_hash=worker.identity.config_hash, space_id=artifact, chain=EMPTY_CHAIN.hex(), steps=1
+            client=0, config_hash=worker.config_hash, space_id=artifact, chain=EMPTY_CHAIN.hex(), steps=1
         )
         worker.train(asked)
         assert process.peer.built is not None

@@ -94,20 +94,20 @@ def test_each_site_refuses_by_its_own_limit_and_the_server_learns_a_number(
     cases = {
         11: "tasks: [secret_task]",
         12: "trainers: [mezo, lora]",
-        14: "most_steps: 3",
-        15: "most_rows: 7",
+        14: "max_steps: 3",
+        15: "max_rows: 7",
         16: f"base_digest: {'a5' * 32}",
         17: "",
         18: "min_rows: 8",
         19: "answers: [loss, per_class]",
-        23: "most_probes: 1",
+        23: "max_probes: 1",
         20: "",
     }
     numbers = list(cases)  # 13 is left to a unit test, as the package has one stage; 22 is of runs without scalars
     for client, (number, limits) in enumerate(cases.items()):
         sites.add(client, limits, top="artifact_max_bytes: 4321" if number == 17 else "")
     last = len(cases) - 1
-    sites.before[last] = lambda process: process.kept.claim(3, run=process.peer.run_id)
+    sites.before[last] = lambda process: process.kept.claim(3)
 
     settings = ("fl.local_steps=4", "fl.batch_size=2", "fl.label_counts=true", "estimator.num_probes=2")
     clients = f"fl.num_clients={len(cases)}"

@@ -1,4 +1,4 @@
-"""Client step_policy on a real, tiny federation: a function of the log that nothing else notices."""
+"""Step policies on a real, tiny federation: functions of the log that nothing else notices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.commands.client_path import replay_client
 from fedzo.commands.mask import make_mask
+from fedzo.commands.replay import replay_client, replay_run
 from fedzo.commands.train import resume_run
-from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.server.rounds import Server

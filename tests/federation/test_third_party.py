@@ -34,7 +34,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 from fedzo.commands.train import start_run
-from fedzo.commands.trained import replay_run
+from fedzo.commands.replay import replay_run
 from fedzo.config.load import load
 from fedzo.zo.spaces.own_weights import OwnWeights
 

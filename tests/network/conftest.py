@@ -20,7 +20,7 @@ import pytest
 
 from fedzo.runtime.net.addresses import free_ports
 from fedzo.runtime.net.client_folder import ClientFolder, Invitation
-from fedzo.runtime.net.parts import (
+from fedzo.runtime.net.launch import (
     Site,
     environment,
     register_clients,
@@ -273,7 +273,7 @@ class Federation:
         room = self.folder / f"site-{index}"
         invitation = Invitation(address=self.server.listening.address, authority=self.server.file("ca.crt").read_text())
         folder = ClientFolder.make(room, address=self.server.listening.address, site="", invitation=invitation)
-        self.server.add_client(f"site-{index}", index=index, key=folder.public_key)
+        self.server.registry.add(f"site-{index}", index=index, key=folder.public_key)
         rows = [{"text": f"site {index} item {i} is {['bad', 'good'][i % 2]}", "label": i % 2} for i in range(9)]
         (room / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = {"device": "cpu", "threads": 1, "model": {"name": "../model"}, "data": {"path": "./rows.jsonl"}}

@@ -13,7 +13,7 @@ import pytest
 
 from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.local import run_local
-from fedzo.runtime.net import parts, server_process
+from fedzo.runtime.net import launch, server_process
 from fedzo.trainers.artifacts import PIECE_BYTES
 
 SIZE = 200_000_000
@@ -33,7 +33,7 @@ def test_200_mb_travel_once_a_wrong_byte_is_named_and_both_sides_hold_less_than_
     (tmp_path / "toy.json").write_text(json.dumps({"file": str(file), "spoiled": 17 * PIECE_BYTES}))
     monkeypatch.setenv("TOY_SERVER", PROGRAM.stem)
     monkeypatch.setattr(server_process, "SERVE", [sys.executable, str(PROGRAM.with_name("toy_serve.py"))])
-    monkeypatch.setattr(parts, "EXECUTOR", [sys.executable, str(PROGRAM)])
+    monkeypatch.setattr(launch, "EXECUTOR", [sys.executable, str(PROGRAM)])
 
     run_local(num_clients=1, run_dir=tmp_path, config=LocalConfig())
 

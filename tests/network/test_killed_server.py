@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.commands.trained import replay_run
+from fedzo.commands.replay import replay_run
 from fedzo.runtime.net import processes
 
 KILLS, ROUNDS, SEED = 20, 40, 18

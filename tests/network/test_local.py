@@ -23,7 +23,8 @@ import pytest
 from fedzo.errors import ProtocolError
 from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.local import run_local
-from fedzo.runtime.net import parts, server_process
+from fedzo.runtime.net import launch, server_process
+from fedzo.runtime.net.daemons import CONNECTED, STARTED
 
 Play = Callable[..., dict[str, Any]]
 HERE = Path(__file__).parent
@@ -34,7 +35,7 @@ pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 def programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy apps are served and answer."""
     monkeypatch.setattr(server_process, "SERVE", [sys.executable, str(HERE / "toy_serve.py")])
-    monkeypatch.setattr(parts, "EXECUTOR", [sys.executable, str(HERE / "toy_executor.py")])
+    monkeypatch.setattr(launch, "EXECUTOR", [sys.executable, str(HERE / "toy_executor.py")])
 
 
 @pytest.fixture
@@ -87,6 +88,9 @@ def test_what_fails_costs_its_answer_and_no_more_until_the_server_fails(play_loc
         )
 
     result = json.loads((tmp_path / "result.json").read_text())
+    nodes = (tmp_path / "logs" / "supernode-1.log").read_text()
+    assert nodes.count(STARTED) >= 2  # by which `fedzo status` sees that the first has ended
+    assert nodes.index(STARTED) < nodes.index(CONNECTED) < nodes.rindex(STARTED)
     assert "refusal 31, the client failed to do what was asked" in result["errors"][0][0]
     assert "client 0 fails on purpose" in (tmp_path / "logs" / "executor-0.log").read_text()
     assert "refusal 34, a step took longer than its site allows" in result["errors"][0][1]
@@ -124,7 +128,7 @@ def test_superlink_whose_database_is_locked_costs_time_and_nothing_else(play_loc
 def test_executor_that_cannot_start_ends_the_run_with_the_end_of_its_log(
     toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "EXECUTOR", [sys.executable, "-c", "raise SystemExit('no model here')"])
+    monkeypatch.setattr(launch, "EXECUTOR", [sys.executable, "-c", "raise SystemExit('no model here')"])
     (tmp_path / "toy.json").write_text(toy.config_json(clients=1))
 
     with pytest.raises(ProtocolError, match=r"(?s)executor-0: it must run .*no model here"):

@@ -13,7 +13,7 @@ import flwr
 import psutil
 import pytest
 
-from fedzo.commands.trained import replay_run
+from fedzo.commands.replay import replay_run
 
 OTHER = "FEDZO_OTHER_FLOWER"
 pytestmark = [pytest.mark.net, pytest.mark.timeout(300)]

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from fedzo.commands.replay import replay_run
 from fedzo.commands.server import SERVICES, fill
-from fedzo.commands.trained import replay_run
 from fedzo.runtime.net.addresses import accepts, free_ports, split_address
 from fedzo.runtime.net.gate import HOLD_S
 

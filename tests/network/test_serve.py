@@ -14,7 +14,7 @@ from flwr.supercore import heartbeat
 
 from fedzo.errors import ProtocolError
 from fedzo.runtime.net.addresses import free_ports
-from fedzo.runtime.net.parts import control, environment, start_superlink, wait_for_superlink
+from fedzo.runtime.net.launch import control, environment, start_superlink, wait_for_superlink
 from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.serve import serve
 from fedzo.runtime.net.server_folder import Listening, ServerFolder

@@ -8,9 +8,51 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PUBLIC = {
+    "fedzo.config.schema": "RunSettings",
+    "fedzo.data.config": "Loss TaskConfig",
+    "fedzo.data.embedded": "package_dir rotten_tomatoes",
+    "fedzo.data.encode": "Example",
+    "fedzo.data.partition": "PARTITIONERS PartitionConfig PartitionTraits",
+    "fedzo.data.partition.base": "shuffled",
+    "fedzo.data.preprocess": "STAGES StageConfig StageContext",
+    "fedzo.data.preprocess.backend": "BusyError Completion EndpointError NoRewriterConfig REWRITERS RewriterConfig "
+    "RowFault RowReason",
+    "fedzo.data.tasks": "render",
+    "fedzo.errors": "FedzoError Problem problem",
+    "fedzo.evaluate": "EVALUATORS EvaluatorConfig Measure",
+    "fedzo.fl.exchange": "Grid",
+    "fedzo.fl.server.step_policy": "Plan STEP_POLICIES StepPolicyConfig StepPolicyTraits",
+    "fedzo.fl.server.step_policy.plan": "EarlyStop EarlyStopConfig Verdict",
+    "fedzo.models.loaded": "LoadedModel",
+    "fedzo.models.scoring": "mean_loss",
+    "fedzo.report.trackers": "TRACKERS TrackerConfig",
+    "fedzo.run.apps": "client_app run_config server_app",
+    "fedzo.runtime.config": "RUNTIMES RuntimeConfig RuntimeTraits",
+    "fedzo.runtime.inline": "run_inline",
+    "fedzo.testing": "check_estimator check_evaluator check_partition check_server_optimizer check_space check_stage "
+    "check_trainer",
+    "fedzo.testing.tiny_models": "tiny_loaded",
+    "fedzo.trainers": "Built InputsConfig Prepared TRAINERS TrainerConfig TrainerTraits Workplace",
+    "fedzo.trainers.artifacts": "Artifact",
+    "fedzo.zo.config": "Distribution",
+    "fedzo.zo.directions": "SHARED add_direction",
+    "fedzo.zo.estimator": "ESTIMATORS EstimatorConfig EstimatorTraits Fzoo GradientEstimator LossFn OneSided "
+    "Projection TwoPoint ZerothOrderConfig projections",
+    "fedzo.zo.log": "RoundRecord",
+    "fedzo.zo.seeds": "step_keys",
+    "fedzo.zo.server_optimizer": "SERVER_OPTIMIZERS ServerOptimizerConfig ServerOptimizerTraits build_server_optimizer "
+    "decay round_direction step_along",
+    "fedzo.zo.spaces.base": "Space Values",
+    "fedzo.zo.spaces.dense": "DenseSpace",
+    "fedzo.zo.spaces.full": "FullSpace",
+    "fedzo.zo.spaces.masked": "MaskedSpace",
+}
+"""What the pages import and the how-to guides name, by module: a version that changes one of them says so."""
 USE_TRAINER = """
 from fedzo.testing.tiny_models import tiny_loaded
 from fedzo.config.plugins import plugin_classes
@@ -108,6 +150,8 @@ def test_plugins_of_the_how_tos_pass_the_checks_as_their_page_calls_them(tmp_pat
         "four_point": ("how-to-add-an-estimator.md", 0),
         "sign": ("how-to-add-an-estimator.md", 1),
         "nats": ("how-to-own-task.md", 0),
+        "by_length": ("how-to-add-a-plugin.md", 0),
+        "squeeze": ("how-to-add-a-plugin.md", 1),
     }
     for name, (page, number) in blocks.items():
         (package / f"{name}.py").write_text(code(page, "python", number=number), encoding="utf-8")
@@ -123,7 +167,7 @@ def test_plugins_of_the_how_tos_pass_the_checks_as_their_page_calls_them(tmp_pat
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 passed" in done.stdout
+    assert "8 passed" in done.stdout
 
 
 def test_task_of_the_how_to_composes(tmp_path: Path) -> None:
@@ -158,6 +202,20 @@ def test_command_line_of_the_how_to_composes(tmp_path: Path) -> None:
     assert config.task.label == "stars"
 
 
+def test_the_paper_s_tests_of_the_how_to_know_no_limit_on_the_share_of_flagged_clients() -> None:
+    from fedzo.config.load import load
+    from fedzo.fl.server.step_policy.statistics import Statistic
+    from fedzo.fl.server.step_policy.vpcs import VpcsConfig, VpcsTest
+
+    text = (ROOT / "docs" / "how-to-non-iid.md").read_text(encoding="utf-8")
+    command = re.search(r"`(step_policy=vpcs step_policy\.statistic=gradip [^`]*)`", text)
+    assert command is not None
+
+    policy = load(shlex.split(command[1])).step_policy
+
+    assert policy == VpcsConfig(statistic=Statistic.gradip, tests=[VpcsTest.ratio, VpcsTest.quiet], max_share=1)
+
+
 def test_the_experiment_and_the_preset_of_the_how_to_are_chosen_by_their_names(tmp_path: Path) -> None:
     from fedzo.config.load import load
 
@@ -179,5 +237,51 @@ def test_the_experiment_and_the_preset_of_the_how_to_are_chosen_by_their_names(t
 def test_entry_point_group_of_the_how_to_is_the_one_that_is_read() -> None:
     from fedzo.registry import ENTRY_POINT_GROUP
 
-    for page in ("how-to-add-a-trainer.md", "how-to-add-an-estimator.md"):
+    for page in ("how-to-add-a-trainer.md", "how-to-add-an-estimator.md", "how-to-add-a-plugin.md"):
         assert tomllib.loads(code(page, "toml"))["project"]["entry-points"].keys() == {ENTRY_POINT_GROUP}
+
+
+def test_every_kind_of_plugin_stands_on_the_page_of_plugins_with_its_registry() -> None:
+    from fedzo.config.plugins import LISTS, REGISTRIES
+
+    text = (ROOT / "docs" / "how-to-add-a-plugin.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [\w ]+ \| `(\w+)=(?:\[\])?` \| `([\w.]+)\.(\w+)` \| \[", text, flags=re.MULTILINE)
+
+    assert {group: getattr(import_module(module), name) for group, module, name in rows} == {**REGISTRIES, **LISTS}
+
+
+def test_what_the_pages_import_and_the_guides_name_is_the_public_interface_and_is_there() -> None:
+    public = {(module, name) for module, names in PUBLIC.items() for name in names.split()}
+    imports = re.compile(r"from (fedzo[\w.]*) import (\([^)]*\)|[^\n;]+)")
+    imported = {
+        (module, name)
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for module, names in imports.findall(block)
+        for name in re.findall(r"\w+", names)
+    }
+
+    assert imported <= public
+    assert sorted(name for _, name in public - imported) == sorted(named_by_guides() - {name for _, name in imported})
+    assert [(module, name) for module, name in public if not hasattr(import_module(module), name)] == []
+
+
+def named_by_guides() -> set[str]:
+    """Classes of fedzo, and what stands with its module, in the text of the how-to guides."""
+    from fedzo.registry import ENTRY_POINT_GROUP
+
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "fedzo").rglob("*.py")]
+    classes = {name for source in sources for name in re.findall(r"^class (\w+)", source, re.MULTILINE)}
+    named: set[str] = set()
+    for page in (ROOT / "docs").glob("how-to-*.md"):
+        text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for piece in re.findall(r"`([^`]+)`", text):
+            named |= classes & {*re.findall(r"\w+", piece)}
+            paths = {*re.findall(r"\bfedzo(?:\.\w+)+", piece)} - {ENTRY_POINT_GROUP}
+            named |= {path.rpartition(".")[2] for path in paths if not is_module(path)}
+    return named
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()

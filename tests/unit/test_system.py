@@ -14,7 +14,7 @@ import torch
 
 from fedzo import system
 from fedzo.runtime.local import share_of_cpus
-from fedzo.system import _commit_of, _git_commit, default_threads, environment, usable_cpus
+from fedzo.system import _commit_of, _git_commit, code_version, default_threads, environment, usable_cpus
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to CPUs")
@@ -188,6 +188,7 @@ def test_the_environment_tells_what_computes(monkeypatch: pytest.MonkeyPatch) ->
 
     told = environment(torch.device("cpu"))
 
+    assert told["fedzo"] == code_version()  # by the number alone, wheels of two checkouts are alike
     assert told["device"] == "cpu"
     assert told["threads"] == torch.get_num_threads()
     assert told["cpu_capability"] == torch.backends.cpu.get_cpu_capability()

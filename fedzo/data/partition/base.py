@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
 
 Parts = list[list[int]]
-MOST_NAMED = 8
+MAX_NAMED = 8
 """Clients or values that a message names."""
 
 
@@ -131,6 +134,14 @@ def partition(
     return [sorted(part) for part in parts]
 
 
+def partition_digest(parts: Parts) -> str:
+    """SHA-256 of which client has which rows, for processes that deal the same rows each for itself."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(np.array([len(part), *part], dtype="<i8").tobytes())
+    return sha.hexdigest()
+
+
 def holdout(prompts: Sequence[str], share: float, *, seed: int, client: int) -> tuple[list[int], list[int]]:
     """Part a client's rows into those for training and those for scoring only.
 
@@ -189,9 +200,9 @@ def _broken(config: PartitionConfig, rule: str, got: str) -> PluginError:
 
 def too_few(short: dict[int, int], config: PartitionConfig) -> str:
     """Says which clients got fewer than ``min_rows`` rows, by their numbers of rows."""
-    shown = ", ".join(f"{client} ({size} rows)" for client, size in sorted(short.items())[:MOST_NAMED])
+    shown = ", ".join(f"{client} ({size} rows)" for client, size in sorted(short.items())[:MAX_NAMED])
     return (
         f"partition: every client must have at least partition.min_rows={config.min_rows} rows, these have fewer: "
-        f"client {shown}{', ...' if len(short) > MOST_NAMED else ''}. "
+        f"client {shown}{', ...' if len(short) > MAX_NAMED else ''}. "
         "Give more rows (split.num_train), or lower fl.num_clients or partition.min_rows."
     )

@@ -11,7 +11,7 @@ import numpy as np
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.partition.base import (
-    MOST_NAMED,
+    MAX_NAMED,
     PARTITIONERS,
     PartitionConfig,
     PartitionTraits,
@@ -64,10 +64,10 @@ def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, see
             )
         rows_of.setdefault(str(row[config.column]).strip(), []).append(number)
     if len(rows_of) != num_clients:
-        shown = ", ".join(f"{value!r} ({len(part)} rows)" for value, part in sorted(rows_of.items())[:MOST_NAMED])
+        shown = ", ".join(f"{value!r} ({len(part)} rows)" for value, part in sorted(rows_of.items())[:MAX_NAMED])
         raise ConfigError(
             f"partition.column={config.column!r} has {len(rows_of)} values and fl.num_clients is {num_clients}, "
-            f"they must be equal: {shown}{', ...' if len(rows_of) > MOST_NAMED else ''}. "
+            f"they must be equal: {shown}{', ...' if len(rows_of) > MAX_NAMED else ''}. "
             f"Write fl.num_clients={len(rows_of)}, or choose another column."
         )
     return [rows_of[value] for value in sorted(rows_of)]

@@ -181,13 +181,14 @@ class RewriterConfig(PluginConfig):
     max_tokens: int = USUAL_TOKENS
     """Most tokens of an answer. Verdicts have 128, or this number if it is above 512: room for a model that reasons
     first."""
-    most_calls: int = 0
+    budget_calls: int = 0
     """Most calls of one command or run. Each process counts for itself, from its start: with ``runtime=ray`` or
     ``local``, a run has several. 0 = no limit."""
-    most_tokens: int = 0
-    """Most tokens of prompts and answers of one command or run, counted as ``most_calls``. 0 = no limit."""
-    most_cost: float = 0.0
-    """Most that one command or run may cost, in the currency of the prices, counted as ``most_calls``. 0 = no limit."""
+    budget_tokens: int = 0
+    """Most tokens of prompts and answers of one command or run, counted as ``budget_calls``. 0 = no limit."""
+    budget_cost: float = 0.0
+    """Most that one command or run may cost, in the currency of the prices, counted as ``budget_calls``. 0 = no
+    limit."""
     price_prompt: float = 0.0
     """Price of a million tokens of prompts."""
     price_answer: float = 0.0
@@ -207,14 +208,14 @@ class RewriterConfig(PluginConfig):
         if self.context_tokens <= self.max_tokens:
             rule = f"be > rewriter.max_tokens ({self.max_tokens})"
             yield problem("rewriter.context_tokens", rule, self.context_tokens, "Raise it, or lower max_tokens.")
-        yield from at_least("rewriter.most_calls", self.most_calls, 0, "Write 0 for no limit.")
-        yield from at_least("rewriter.most_tokens", self.most_tokens, 0, "Write 0 for no limit.")
-        for name in ("most_cost", "price_prompt", "price_answer"):
+        yield from at_least("rewriter.budget_calls", self.budget_calls, 0, "Write 0 for no limit.")
+        yield from at_least("rewriter.budget_tokens", self.budget_tokens, 0, "Write 0 for no limit.")
+        for name in ("budget_cost", "price_prompt", "price_answer"):
             yield from not_negative(f"rewriter.{name}", getattr(self, name), "Write 0 for none.")
-        if self.most_cost > 0 and self.price_prompt == self.price_answer == 0:
+        if self.budget_cost > 0 and self.price_prompt == self.price_answer == 0:
             rule = "be 0 where no price is set"
-            remedy = "Set rewriter.price_prompt and rewriter.price_answer too, or no most_cost."
-            yield problem("rewriter.most_cost", rule, self.most_cost, remedy)
+            remedy = "Set rewriter.price_prompt and rewriter.price_answer too, or no budget_cost."
+            yield problem("rewriter.budget_cost", rule, self.budget_cost, remedy)
 
     def missing(self) -> Iterator[Problem]:
         """What is named and not on this machine: asked where work begins, not where a run's folder is read."""

@@ -15,7 +15,7 @@ from fedzo.data.files import Row
 from fedzo.data.preprocess.backend import RewriterConfig
 from fedzo.errors import ConfigError, Problem, printable
 from fedzo.registry import PluginConfig, Registry, returned
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,11 +98,11 @@ STAGES: Registry[Stage] = Registry("preprocess", base=StageConfig)
 
 
 FIGURE = re.compile("[a-z0-9_. -]{1,60}")
-MOST_FIGURES = 64
+MAX_FIGURES = 64
 
 
 def preprocess(
-    rows: list[Row], stages: Mapping[str, Stage], *, client: int, on_progress: OnProgress = untold
+    rows: list[Row], stages: Mapping[str, Stage], *, client: int, on_progress: OnProgress = no_progress
 ) -> list[Row]:
     """A client's training rows after all stages, in their order.
 
@@ -140,9 +140,9 @@ def summaries(stages: Mapping[str, Stage], *, client: int) -> dict[str, float]:
                     f"got {figure!r:.80}: {value!r:.40}. Correct the stage."
                 )
             told[f"{name}.{figure}"] = value
-    if len(told) > MOST_FIGURES:
+    if len(told) > MAX_FIGURES:
         raise ConfigError(
-            f"preprocess: the summaries of all stages must hold at most {MOST_FIGURES} numbers, got {len(told)}. "
+            f"preprocess: the summaries of all stages must hold at most {MAX_FIGURES} numbers, got {len(told)}. "
             "Correct the stages, or choose fewer."
         )
     return told

@@ -89,10 +89,10 @@ class LocalUpdate(Protocol):
 
     reply_type: ClassVar[type[Any]]
 
-    def make(self, at: Workspace, request: TrainRequest) -> Any:
+    def make(self, workspace: Workspace, request: TrainRequest) -> Any:
         """Take the steps of a request from the round's start; the model is left there. Returns the reply."""
         ...
 
-    def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
+    def look_ahead(self, workspace: Workspace, requests: Mapping[int, TrainRequest]) -> None:
         """Compute ahead what clients of one round can share (joint forwards); ``make`` then finds it."""
         ...

@@ -55,8 +55,8 @@ class ScalarUpdate:
         self._ahead: dict[tuple[int, int, int], list[Projection]] = {}  # by client, round and step
         self._walks_together = True
 
-    def make(self, at: Workspace, request: TrainRequest) -> TrainReply:
-        replica = at.replica
+    def make(self, workspace: Workspace, request: TrainRequest) -> TrainReply:
+        replica = workspace.replica
         g = np.zeros((request.steps, self.num_probes), np.float32)
         loss = np.zeros_like(g)
         dropped = np.zeros(g.shape, np.uint8)
@@ -67,7 +67,7 @@ class ScalarUpdate:
             replica.space.mark()
         try:
             for t in range(request.steps):
-                projections = self.estimate(at, request, step=t)
+                projections = self.estimate(workspace, request, step=t)
                 g[t], dropped[t] = self.as_sent(projections, request)
                 loss[t] = sent_losses([projection.loss for projection in projections])
                 if walks:
@@ -84,18 +84,18 @@ class ScalarUpdate:
             end_check=end_check,
         )
 
-    def estimate(self, at: Workspace, request: TrainRequest, *, step: int) -> list[Projection]:
+    def estimate(self, workspace: Workspace, request: TrainRequest, *, step: int) -> list[Projection]:
         """The projections of one step at the present theta; taken from ``look_ahead`` where it has them."""
         if (request.client, request.round, step) in self._ahead:
             return self._ahead.pop((request.client, request.round, step))
         batch = self._batches.of(request, step=step)
         keys = self._keys(request, step=step)
-        lower = self._step_states(at, [request.client])
+        lower = self._step_states(workspace, [request.client])
 
         def loss_fn() -> float:
-            return float(self._losses(at, batch, [request.client] * len(batch), lower=lower).mean())
+            return float(self._losses(workspace, batch, [request.client] * len(batch), lower=lower).mean())
 
-        return self._estimator.estimate(at.replica.space, loss_fn, keys)
+        return self._estimator.estimate(workspace.replica.space, loss_fn, keys)
 
     def as_sent(self, projections: list[Projection], request: TrainRequest) -> tuple[Scalars, npt.NDArray[np.bool_]]:
         """The scalars that the step is taken with and the server is sent, and which of them were dropped; [P] each."""
@@ -119,7 +119,7 @@ class ScalarUpdate:
         keys = self._keys(request, step=step)
         local_step(space, lr=request.lr, c=probe_shares(g), keys=keys, drift=drift)
 
-    def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
+    def look_ahead(self, workspace: Workspace, requests: Mapping[int, TrainRequest]) -> None:
         """Evaluate local steps of these clients in joint forwards; ``estimate`` then takes the results from here.
 
         Clients that share seeds are at the same theta with the same directions in a round's first step, so their rows
@@ -129,20 +129,20 @@ class ScalarUpdate:
         its rows.
 
         Args:
-            at: The model, at the round's start.
+            workspace: The model, at the round's start.
             requests: Requests of one round, by client.
         """
         self._ahead.clear()
-        space = at.replica.space
+        space = workspace.replica.space
         later = any(request.steps > 1 for request in requests.values())
-        shareable = later and self._walks_together and at.loaded.decoder is None
-        own = space.row_weights(at.loaded.model) if shareable else None
-        walks = _Walks(at, requests, self.take)
+        shareable = later and self._walks_together and workspace.loaded.decoder is None
+        own = space.row_weights(workspace.loaded.model) if shareable else None
+        walks = _Walks(workspace, requests, self.take)
         step, walking = 0, requests
         while walking:
             try:
                 estimates = self._estimate_together(
-                    at, walking, step=step, own=own if step else None, offset_of=walks.offset
+                    workspace, walking, step=step, own=own if step else None, offset_of=walks.offset
                 )
             except NotImplementedError as error:
                 if step == 0:
@@ -158,7 +158,7 @@ class ScalarUpdate:
 
     def _estimate_together(
         self,
-        at: Workspace,
+        workspace: Workspace,
         requests: Mapping[int, TrainRequest],
         *,
         step: int,
@@ -170,14 +170,14 @@ class ScalarUpdate:
         rows = [example for batch in batches.values() for example in batch]
         owners = [client for client, batch in batches.items() for _ in batch]
         ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
-        lower = self._step_states(at, requests)
+        lower = self._step_states(workspace, requests)
 
         def losses_fn() -> Losses:
             if own is None:
-                losses = self._losses(at, rows, owners, lower=lower)
+                losses = self._losses(workspace, rows, owners, lower=lower)
             else:
                 with own:
-                    losses = self._losses(at, rows, owners, lower=lower, before=partial(follow, own))
+                    losses = self._losses(workspace, rows, owners, lower=lower, before=partial(follow, own))
             return np.array([part.mean() for part in np.split(losses, ends)])
 
         def follow(weights: RowWeights, batch: list[int]) -> None:
@@ -185,14 +185,14 @@ class ScalarUpdate:
             weights.follow((offset_of(int(client)) for client in clients), index)
 
         keys = self._keys(next(iter(requests.values())), step=step)
-        return estimate_together(self._estimator, at.replica.space, losses_fn, keys, count=len(requests))
+        return estimate_together(self._estimator, workspace.replica.space, losses_fn, keys, count=len(requests))
 
-    def _step_states(self, at: Workspace, clients: Iterable[int]) -> StepStates | None:
+    def _step_states(self, workspace: Workspace, clients: Iterable[int]) -> StepStates | None:
         """What a step of these clients keeps; where rows are kept over rounds, all of theirs have run before it."""
-        if at.lower is None:
+        if workspace.lower is None:
             return None
-        step = at.lower.of_step()
-        if (kept := at.lower.rows) is None:
+        step = workspace.lower.of_step()
+        if (kept := workspace.lower.rows) is None:
             return step
         for client in clients:
             if client in kept.owners:
@@ -200,7 +200,7 @@ class ScalarUpdate:
             train, num_run = self._batches.train_rows(client), 0
             while num_run < len(train) and not kept.is_full:
                 part = train[num_run : num_run + _ROWS_AT_ONCE]
-                self._losses(at, part, [client] * len(part), lower=at.lower.of_step(repeats=False))
+                self._losses(workspace, part, [client] * len(part), lower=workspace.lower.of_step(repeats=False))
                 num_run += len(part)
             kept.owners.add(client)
             log.info("client %d: the lower blocks ran on %d of %d training rows", client, num_run, len(train))
@@ -218,7 +218,7 @@ class ScalarUpdate:
 
     def _losses(
         self,
-        at: Workspace,
+        workspace: Workspace,
         rows: list[Example],
         owners: list[int],
         *,
@@ -226,10 +226,10 @@ class ScalarUpdate:
         before: OnRows | None = None,
     ) -> Losses:
         task = self.config.task
-        planning = Planning(at.tokens_per_batch, at.forward_cost_tokens, before=before, lower=lower)
-        with use_products(at.products):
+        planning = Planning(workspace.tokens_per_batch, workspace.forward_cost_tokens, before=before, lower=lower)
+        with use_products(workspace.products):
             losses: Losses = example_losses(
-                at.loaded, rows, planning, loss=task.loss, common_shift=task.common_shift, owners=owners
+                workspace.loaded, rows, planning, loss=task.loss, common_shift=task.common_shift, owners=owners
             )
         return losses
 
@@ -241,20 +241,20 @@ class _Walks:
     since their scalars take no memory.
 
     Args:
-        at: The model, at the round's start.
+        workspace: The model, at the round's start.
         requests: Requests of the round, by client.
         take: ``ScalarUpdate.take``.
     """
 
-    def __init__(self, at: Workspace, requests: Mapping[int, TrainRequest], take: Callable[..., None]) -> None:
-        self._replica = at.replica
-        self._device = at.loaded.device
+    def __init__(self, workspace: Workspace, requests: Mapping[int, TrainRequest], take: Callable[..., None]) -> None:
+        self._replica = workspace.replica
+        self._device = workspace.loaded.device
         self._requests = requests
         self._take = take
         self._sent: dict[int, list[Scalars]] = {client: [] for client in requests}
         self._start: torch.Tensor | None = None
         self._kept: dict[int, tuple[int, MasterSpace]] = {}  # steps taken, and where they lead
-        self._room = _KEPT_BYTES // (4 * at.replica.space.size)
+        self._room = _KEPT_BYTES // (4 * workspace.replica.space.size)
 
     def go_on(self, client: int, g: Scalars) -> None:
         """The client's next step is taken with these scalars."""

@@ -39,11 +39,12 @@ class VectorUpdate:
     task: TaskConfig
     estimator: GradientEstimator
 
-    def make(self, at: Workspace, request: TrainRequest) -> VectorReply:
-        space = cast(DifferentiableSpace, at.replica.space)  # a run on any other is refused when the space is made
+    def make(self, workspace: Workspace, request: TrainRequest) -> VectorReply:
+        # a run on any other space is refused when it is made
+        space = cast(DifferentiableSpace, workspace.replica.space)
         start = space.values()
         try:
-            losses = self.estimator.descend(space, self._losses(at, request), lr=request.lr)
+            losses = self.estimator.descend(space, self._losses(workspace, request), lr=request.lr)
             if len(returned(losses, list, by=self.estimator, method="descend")) != request.steps:
                 raise PluginError(
                     f"{type(self.estimator).__name__}.descend must give a loss for each of {request.steps} steps, got "
@@ -53,19 +54,19 @@ class VectorUpdate:
         finally:
             space.load(start)
         return VectorReply(
-            position=at.replica.position,
+            position=workspace.replica.position,
             change=scalars_to_bytes(change),
             loss=scalars_to_bytes(sent_losses(losses)),
         )
 
-    def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
+    def look_ahead(self, workspace: Workspace, requests: Mapping[int, TrainRequest]) -> None:
         """Nothing is shared: each client's gradient is its own."""
 
-    def _losses(self, at: Workspace, request: TrainRequest) -> Iterator[GraphLossFn]:
-        planning = Planning(at.tokens_per_batch, arithmetic=DIFFERENTIABLE)
+    def _losses(self, workspace: Workspace, request: TrainRequest) -> Iterator[GraphLossFn]:
+        planning = Planning(workspace.tokens_per_batch, arithmetic=DIFFERENTIABLE)
         for step in range(request.steps):
             rows = self.batches.of(request, step=step)
-            yield partial(self._loss, at.loaded, rows, planning)
+            yield partial(self._loss, workspace.loaded, rows, planning)
 
     def _loss(self, loaded: LoadedModel, rows: list[Example], planning: Planning) -> torch.Tensor:
         """The mean, with its graph: of the model's parameters that require a gradient; float64."""

@@ -52,7 +52,7 @@ from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
 log, part = logging.getLogger(__name__), logging.getLogger("fedzo.part")
 part.setLevel(logging.CRITICAL)  # a site with a log of its own turns it on: what it is told of its part in a run
-MOST_LOGGED = 4000
+MAX_LOGGED = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,11 @@ class ClientData:
 
 class Clients(Protocol):
     """The clients that a process plays, each by its index, and the model that they share."""
+
+    @property
+    def identity(self) -> Identity:
+        """Digests of what the process holds. Rows of one set are dealt for it, which may fail as reading them may."""
+        ...
 
     def register(self, client: int, *, begun: bool) -> str | Progress:
         """The digest of all rows of a client (``KeptDigests``), or how far its stages are.
@@ -97,7 +102,7 @@ class ClientWorker:
     """Answers requests for the clients that this process plays.
 
     Args:
-        identity: Digests of what this process holds.
+        config_hash: Of the run, by which requests name it.
         update: Takes local steps.
         clients: Their rows and their model.
         limits: The run, the site's file, and what a server may ask by them.
@@ -107,7 +112,7 @@ class ClientWorker:
 
     def __init__(
         self,
-        identity: Identity,
+        config_hash: str,
         update: LocalUpdate,
         clients: Clients,
         *,
@@ -115,7 +120,7 @@ class ClientWorker:
         evaluators: Mapping[str, Evaluator],
         artifacts: ArtifactStore,
     ) -> None:
-        self.identity = identity
+        self.config_hash = config_hash
         self.update = update
         self._workspace: Workspace | None = None
         self._asked_values: set[int] = set()
@@ -141,8 +146,8 @@ class ClientWorker:
             self._tell(request.client, f"not registered as client {request.client}: {printable(request.why)}")
         if self._artifacts.find(self._run.artifact) is None:
             self._limits.check_artifact_size(request.artifact_bytes)
-        identity = asdict(self.identity)
         try:
+            identity = asdict(self._clients.identity)
             registered = self._clients.register(request.client, begun=request.begun)
             if isinstance(registered, Progress):
                 return HelloReply(preparing=registered.total, prepared=registered.done, **identity)
@@ -151,7 +156,7 @@ class ClientWorker:
             raise
         except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
             log_failure(request.client, error)
-            return HelloReply(config_hash=self.identity.config_hash, refusal=_refusal(error))
+            return HelloReply(config_hash=self.config_hash, refusal=_refusal(error))
         site, labels = self._site, num_labels(self._run.task)
         check_rows(site, num_train=len(data.train), label_counts=data.label_counts, num_labels=labels)
         if not request.why:
@@ -183,10 +188,10 @@ class ClientWorker:
             raise SiteError(Refusal.absent)
         self._limits.check_steps(request)
         self._must_be_prepared(request.client)
-        at, status = self._reach(request)
-        if at is None or status is not Status.ok:
-            return self.update.reply_type(status=status, position=at.replica.position if at else 0)
-        reply = self.update.make(at, request)
+        workspace, status = self._reach(request)
+        if workspace is None or status is not Status.ok:
+            return self.update.reply_type(status=status, position=workspace.replica.position if workspace else 0)
+        reply = self.update.make(workspace, request)
         if leaves(self._site, LOSS):
             return reply
         unknown = np.full(len(reply.loss) // 4, np.nan, np.float32)  # as many, and none of them a number
@@ -211,15 +216,15 @@ class ClientWorker:
         """Score the model of the request's round on the client's held-out rows, and tell what the site lets out."""
         self._check_part(request.client)
         self._must_be_prepared(request.client)
-        at, status = self._reach(request)
-        if at is None or status is not Status.ok:
-            return EvaluateReply(status=status, position=at.replica.position if at else 0)
+        workspace, status = self._reach(request)
+        if workspace is None or status is not Status.ok:
+            return EvaluateReply(status=status, position=workspace.replica.position if workspace else 0)
         rows = self._clients.data(request.client).heldout[: self._run.evaluation.federated_max_rows]
         plain: dict[str, Any] = {}
         faults: list[Exception] = []
         for name, evaluator in self._evaluators.items():
             try:
-                told = self._score(name, evaluator, at, rows)
+                told = self._score(name, evaluator, workspace, rows)
             except Exception as error:  # whatever an evaluator raises, the others' scores are told
                 faults.append(error)
                 continue
@@ -229,7 +234,7 @@ class ClientWorker:
             raise faults[0]  # the server is told why there is no score
         for fault in faults:
             log_failure(request.client, fault)
-        return EvaluateReply(position=at.replica.position, scores=json.dumps(plain))
+        return EvaluateReply(position=workspace.replica.position, scores=json.dumps(plain))
 
     def _check_part(self, client: int) -> None:
         """Refuse to be another client than the site is; who is asked for more than its name is registered."""
@@ -242,13 +247,13 @@ class ClientWorker:
             self._part[client] = text
             part.info("%s", text)
 
-    def _score(self, name: str, evaluator: Evaluator, at: Workspace, rows: list[Example]) -> PartialScore | None:
+    def _score(self, name: str, evaluator: Evaluator, workspace: Workspace, rows: list[Example]) -> PartialScore | None:
         """What an evaluator finds on the rows, as far as it may leave the site."""
         task, site = self._run.task, self._site
         measure = evaluator.measure(task)
         if not rows or not answers_any(site, [measure.metric, LOSS, *measure.numbers], num_rows=len(rows)):
             return None
-        score = evaluate(name, evaluator, at.loaded, rows, task, tokens_per_batch=at.tokens_per_batch)
+        score = evaluate(name, evaluator, workspace.loaded, rows, task, tokens_per_batch=workspace.tokens_per_batch)
         return leaving(site, score, num_labels=num_labels(task))
 
     def _must_be_prepared(self, client: int) -> None:
@@ -262,9 +267,9 @@ class ClientWorker:
 
     def _reach(self, request: Sync) -> tuple[Workspace | None, Status]:
         """Bring this process to the state that the request names."""
-        if request.config_hash != self.identity.config_hash:
+        if request.config_hash != self.config_hash:
             raise ProtocolError(
-                f"config hash must be {self.identity.config_hash[:12]}, got {request.config_hash[:12]}. "
+                f"config hash must be {self.config_hash[:12]}, got {request.config_hash[:12]}. "
                 "Start server and clients with the same configuration."
             )
         records = self._limits.check_state(request, asked_values=request.client in self._asked_values)
@@ -302,7 +307,7 @@ def log_failure(client: int | None, error: BaseException) -> None:
     what = str(error) if foreseen else f"{type(error).__name__}: {error}"
     if isinstance(error, SiteError):
         what = f"refusal {error.refusal}, {error.refusal.sentence}: {error.details}"
-    told = printable(what, most=MOST_LOGGED)  # some of it are a server's words
+    told = printable(what, most=MAX_LOGGED)  # some of it are a server's words
     log.error("client %s: %s", "?" if client is None else client, told, exc_info=None if foreseen else error)
 
 

@@ -15,7 +15,7 @@ from fedzo.errors import ProtocolError
 from fedzo.fl.clip import LARGE_LOSS, NO_BOUND, far_off, largest_of
 from fedzo.fl.config import Aggregation, StrategyConfig, Weighting
 from fedzo.fl.messages import TrainReply, TrainRequest, scalars_from_bytes, signs_from_bytes
-from fedzo.records.scores import MOST_LOSS
+from fedzo.records.scores import MAX_LOSS
 from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_key
 from fedzo.zo.log import RoundRecord, Scalars
 
@@ -101,8 +101,8 @@ def check_reply(
 def checked_losses(data: bytes, *, shape: tuple[int, ...]) -> Scalars:
     """Losses as numbers, nan where none was measured; ``ProtocolError`` where one is none."""
     loss = scalars_from_bytes(data, shape=shape, what="loss")
-    if (worst := float(np.nanmax(np.abs(loss), initial=0.0))) > MOST_LOSS:
-        raise ProtocolError(f"|loss| must be at most {MOST_LOSS:g}, and nan where it is not finite, got {worst:g}")
+    if (worst := float(np.nanmax(np.abs(loss), initial=0.0))) > MAX_LOSS:
+        raise ProtocolError(f"|loss| must be at most {MAX_LOSS:g}, and nan where it is not finite, got {worst:g}")
     return loss
 
 

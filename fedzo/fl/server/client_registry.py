@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedzo.errors import ConfigError, ProtocolError, printable, some_reasons
+from fedzo.errors import ProtocolError, printable, some_reasons
 from fedzo.fl.exchange import Grid, Outbox, Question, message_of, read
 from fedzo.fl.messages import Hello, HelloReply, Identity
-from fedzo.fl.server.registration import Pace, Place, Preparing, registration_problem, setup_of
+from fedzo.fl.server.registration import Pace, Place, Preparing, Shortage, registration_problem, setup_of
 from fedzo.records.metrics import ClientSetup
 from fedzo.records.presence import ClientPresence, Presence
 
 log = logging.getLogger(__name__)
 RETRY_S = 10.0  # after which a node that was not let in is greeted again; twice as long after each further greeting
 SILENT_S = 60.0  # the same for a node that has said nothing: it may load its model, or has lost the greeting
-MOST_RETRY_S = 600.0  # the longest such pause: who is mended after days need not wait for days more
+MAX_RETRY_S = 600.0  # the longest such pause: who is mended after days need not wait for days more
 PREPARING_S = 5.0  # the same for one that prepares its rows, every time
 TELL_S = 300.0  # how often the log says how far such a client is
 LOOK_S = 1.0  # how often new nodes are looked for beside a round
+WAITING_S = 10.0  # after which the log says whom a start waits for; the least time between two such lines
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ class ClientRegistry:
         busy_s: float = 0.0,
         beside: Callable[[], None] = lambda: None,
     ) -> None:
-        """Register until all clients are here.
+        """Register until all clients are here that can come: of a run that has begun, a site may have left for good.
 
         If so many are needed, time in which a missing client prepares its rows does not count, as long as its count has
         advanced within the last ``timeout_s``; and a connected client that has said nothing has ``busy_s``.
@@ -88,43 +89,35 @@ class ClientRegistry:
             beside: Called again and again.
 
         Raises:
-            ConfigError: Each client that is missing has said that it cannot take part.
+            ConfigError: Each client that is missing has said that it cannot take part, or is not registered any more.
             ProtocolError: Too many are missing when time is up.
         """
         started = now = time.monotonic()
-        ends = now + timeout_s
+        ends, tells, told = now + timeout_s, now + WAITING_S, ""
         while True:
             self.refresh(grid)
             beside()
             before, now = now, time.monotonic()
+            if not (away := set(range(self.num_clients)) - set(self.nodes)):
+                self._begun = True
+                return
             is_needed = fewest is None or len(self.nodes) < fewest
             if is_needed and self._gets_on(since=now - timeout_s):
                 ends += now - before
+            known = grid.registered(away) if self._begun else away  # a new run is refused without all of them
+            late = sorted(k for k in known if not (k in self._places and self._places[k].unable))
             busy = self._mute() if busy_s else []
-            missing = sorted(set(range(self.num_clients)) - set(self.nodes))
-            if not missing:
-                self._begun = True
-                return
-            hopeless = all(client in self._places and self._places[client].unable for client in missing)
-            if not hopeless and (now <= ends or (is_needed and busy and now <= started + busy_s)):
-                time.sleep(0.1)
-                continue
-            if fewest is not None and len(self.nodes) >= fewest:
-                told = "the run continues although clients %s did not register within %.0f s"
-                log.warning(told, missing, now - started)
-                return
-            if hopeless:
-                raise ConfigError(some_reasons([self._reasons[self._places[k].node] for k in missing]))
-            known = [self._reasons[node] for node in sorted(self._reasons)]
-            known += [f"client {k} is {at.preparing}" for k, at in sorted(self._places.items()) if at.preparing]
-            known += [f"client {k} has not answered, and may still work on an earlier request" for k in busy]
-            reasons = some_reasons(known)
-            remedy = "Wait for them" if missing == busy else "Start them"
-            lower = ", raise strategy.startup_s, or lower fl.num_clients" if fewest is None else ""
-            raise ProtocolError(
-                f"strategy.startup_s: {self.num_clients} clients must register, but within {now - started:.0f} s "
-                f"clients {missing} did not{f' ({reasons})' if reasons else ''}. {remedy}{lower}."
-            )
+            if not late or (now > ends and not (is_needed and busy and now <= started + busy_s)):
+                break
+            if now >= tells and (silent := self._silent(late)) not in ("", told):
+                log.warning("waiting for %s", silent)
+                tells, told = now + WAITING_S, silent
+            time.sleep(0.1)
+        unable = {k: self._reasons[self._places[k].node] for k in sorted(known.difference(late))}
+        shortage = Shortage(late=late, unable=unable, gone=sorted(away - known), busy=busy, waited_s=now - started)
+        if is_needed:
+            raise shortage.error(self._known_reasons(), num_clients=self.num_clients, fewest=fewest)
+        log.warning("the run continues although %s", shortage)
 
     def refresh(self, grid: Grid) -> list[int]:
         """Between rounds: forget nodes that left, let in those that have answered.
@@ -143,26 +136,26 @@ class ClientRegistry:
             self._greet(grid)
             self._next_look = time.monotonic() + LOOK_S
 
-    def note(self, *, mute: set[int], gone: set[int], heard: set[int], round: int) -> None:
+    def note(self, asked: Iterable[int], *, mute: set[int], gone: set[int], round: int) -> None:
         """After clients were asked: who let the deadline pass, or left, is asked for nothing before it is greeted anew.
 
         Args:
+            asked: All of them.
             mute: Those that let the deadline pass.
             gone: Those whose node was not reached. The grid may go on listing it for a while.
-            heard: The others.
             round: In which they were asked.
         """
         self.pace.asked(())
-        for client in heard | mute | gone:
+        for client in asked:
             place = self._places.get(client)
             if not place or place.node != self.nodes.get(client):
                 self.nodes.pop(client, None)  # it left meanwhile, or its new node is being greeted
                 continue
-            if client in heard:
-                place.silence = None
-                continue
             if client in mute:
                 place.fall_silent(round)
+            elif client not in gone:
+                place.silence = None
+                continue
             place.registered, place.due, place.greetings = False, time.monotonic(), 0
             self._next_look = 0.0
             del self.nodes[client]
@@ -322,10 +315,21 @@ class ClientRegistry:
             place.preparing.logged = now
             log.warning("client %d is %s", client, place.preparing)
 
+    def _known_reasons(self) -> list[str]:
+        """Why nodes do not take part, or not yet."""
+        preparing = [f"client {k} is {at.preparing}" for k, at in sorted(self._places.items()) if at.preparing]
+        return [*(self._reasons[node] for node in sorted(self._reasons)), *preparing]
+
     def _mute(self) -> list[int]:
         """The connected clients of which nothing is known yet."""
         places = sorted(self._places.items())
         return [k for k, at in places if not (at.registered or at.preparing or at.node in self._reasons)]
+
+    def _silent(self, clients: Sequence[int]) -> str:
+        """Those of them of whom the log says nothing else, and what they lack."""
+        mute = self._mute()
+        lack = {k: "no answer yet" if k in mute else "not connected" for k in clients}
+        return some_reasons([f"client {k} ({what})" for k, what in lack.items() if k in mute or k not in self._places])
 
     def _gets_on(self, *, since: float) -> bool:
         """Whether a client that is not here yet has prepared more rows since then, whatever became of its node."""
@@ -334,4 +338,4 @@ class ClientRegistry:
 
 def _pause_s(first_s: float, doublings: int) -> float:
     """Until the next greeting; a run of weeks has more of them than a float has powers of 2."""
-    return min(MOST_RETRY_S, first_s * 2.0 ** min(doublings, 10))
+    return min(MAX_RETRY_S, first_s * 2.0 ** min(doublings, 10))

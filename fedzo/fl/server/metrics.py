@@ -9,7 +9,7 @@ import numpy as np
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.server.aggregate import Result
 from fedzo.fl.server.updates import Replies
-from fedzo.records.fields import MOST_TEXT
+from fedzo.records.fields import MAX_TEXT
 from fedzo.records.log import ClientAudit, RoundAudit
 from fedzo.records.metrics import ClientRound, Round, StepSignals
 from fedzo.records.scores import known
@@ -67,7 +67,7 @@ def round_metrics(
         clip_bound=replies.bound or None,
         clipped=clipped,
         absent=tuple(client for client, _ in refused),
-        reasons={client: reason[:MOST_TEXT] for client, reason in refused},
+        reasons={client: reason[:MAX_TEXT] for client, reason in refused},
         clients=clients,
         wire_up_bytes=wire.up_bytes if wire else None,
         wire_down_bytes=wire.down_bytes if wire else None,

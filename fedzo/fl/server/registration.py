@@ -1,15 +1,15 @@
 """How far the registration of a client is, and whether what it declares is of the run and as it was at first.
 
-Also how long it takes for its answers, which is shown beside that.
+Also how long it takes for its answers, which is shown beside that, and what is said of those that have not come.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedzo.errors import ProtocolError
+from fedzo.errors import ConfigError, FedzoError, ProtocolError, some_reasons
 from fedzo.fl.messages import HelloReply, Identity
 from fedzo.records.decode import decode_json
 from fedzo.records.fields import Figures, LabelCounts
@@ -58,6 +58,63 @@ class Place:
         """It let the deadline of a round pass: it is asked again after 1, 2, 4, ... rounds."""
         times, since = (self.silence.times + 1, self.silence.since) if self.silence else (1, round)
         self.silence = Silence(since, times, round + 2 ** (times - 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """The clients that are not here when a start waits no longer; as a text, for a run that goes on without them.
+
+    Attributes:
+        late: Those that may come yet.
+        unable: Those that have said that they cannot take part, and how the log tells of it.
+        gone: Those whose keys the server has no more.
+        busy: Those of ``late`` that may still work on a request from before the start.
+        waited_s: How long they were waited for.
+    """
+
+    late: list[int]
+    unable: Mapping[int, str]
+    gone: list[int]
+    busy: list[int]
+    waited_s: float
+
+    def __str__(self) -> str:
+        missing = sorted([*self.late, *self.unable])
+        told = [f"clients {missing} did not register within {self.waited_s:.0f} s"] if missing else []
+        return some_reasons([*told, *self._left])
+
+    def error(self, reasons: Sequence[str], *, num_clients: int, fewest: int | None) -> FedzoError:
+        """Why the run does not go on, and what to do.
+
+        Args:
+            reasons: What the server knows of nodes that do not take part.
+            num_clients: Of the run.
+            fewest: So many of them must be here; None where all must be.
+        """
+        away = sorted([*self.late, *self.unable, *self.gone])
+        register = f" Register the keys of clients {self.gone} again (`fedzo server add-client`)." if self.gone else ""
+        if not self.late:
+            why = some_reasons([*self.unable.values(), *self._left])
+            if fewest is not None:
+                few = f"of {num_clients} clients at least {fewest} must take part, but clients {away} cannot"
+                why = f"strategy.min_replies: {few} ({why}).{register}"
+            return ConfigError(why)
+        if fewest is None:
+            needed, lower = f"{num_clients} clients", ", raise strategy.startup_s, or lower fl.num_clients"
+        else:
+            needed, lower = f"at least {fewest} of {num_clients} clients (strategy.min_replies)", ""
+        busy = [f"client {k} has not answered, and may still work on an earlier request" for k in self.busy]
+        known = some_reasons([*self._left, *reasons, *busy])
+        whom = "them" if self.late == away else f"clients {self.late}"
+        return ProtocolError(
+            f"strategy.startup_s: {needed} must register, but within {self.waited_s:.0f} s clients {away} did not"
+            f"{f' ({known})' if known else ''}. {'Wait for' if self.late == self.busy else 'Start'} {whom}{lower}."
+            f"{register}"
+        )
+
+    @property
+    def _left(self) -> list[str]:
+        return [f"client {k} is not registered with this server any more" for k in self.gone]
 
 
 @dataclass(slots=True)
@@ -122,6 +179,13 @@ def registration_problem(
             return f"{told}. Give both sides the same model, task and configuration."
     if reply.refusal:
         return ""
+    if identity.partition_digest != reply.partition_digest:
+        ours, theirs = (each.partition_digest[:12] or "none" for each in (identity, reply))
+        return (
+            f"its partition of the rows must be the server's ({ours}), got {theirs}. Give both sides the same rows, "
+            "numpy, flwr-datasets and plugins. A partition plugin must deal alike in every process "
+            "(fedzo.testing.check_partition)."
+        )
     if reply.prepared > reply.preparing:
         return f"no more rows can be prepared than the {reply.preparing} that it prepares, got {reply.prepared}."
     return "" if reply.preparing else _rows_problem(client, reply, num_labels=num_labels, first=first)

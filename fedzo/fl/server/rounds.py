@@ -41,7 +41,7 @@ from fedzo.fl.server.updates import Replies, Updates
 from fedzo.records.log import AuditLine, RoundAudit
 from fedzo.records.metrics import MetricRecord, Round, StepDecision
 from fedzo.records.presence import Presence
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.log import LogRecord
 from fedzo.zo.server_optimizer import learning_rate
@@ -60,7 +60,6 @@ class Sink(Protocol):
     """Takes metric records."""
 
     def write(self, record: MetricRecord) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -136,7 +135,7 @@ class Server:
         """Rounds that are committed."""
         return len(self.store.records)
 
-    def catch_up(self, advance: OnProgress = untold) -> None:
+    def catch_up(self, advance: OnProgress = no_progress) -> None:
         """After opening an old log: replay it, and prove the result by its last check."""
         self.replica.goto(self.round, self.store.records, advance)
         if self.store.rounds:
@@ -204,7 +203,7 @@ class Server:
         last_rounds = {client: followed - 1 for client, followed in self._followed.items()}
         return self.client_registry.presence(self.round, last_rounds, self._round_seconds)
 
-    def tell_step_policy(self) -> None:
+    def report_step_policy(self) -> None:
         """After the last round: tell what a calibration found that no round has followed; again after a kill."""
         if self._decision is None:
             self._plan()
@@ -280,11 +279,11 @@ class Server:
         """A run that has diverged goes on without learning anything: say so in the first of such rounds."""
         lost = all(result.dropped.all() for result in results.values())
         if lost and not self._lost:
-            what = "no client had a finite loss, so the round changes nothing. The model has probably diverged: lower "
+            what = "no client had a finite loss, so the round measured nothing. The model has probably diverged: lower "
             what += "trainer.lr or strategy.clip_factor, and start again."
             if any(np.isfinite(result.loss).any() for result in results.values()):  # signs: 0 has none
-                what = "no probe of any client changed its loss, so the round changes nothing. Raise estimator.eps, or "
-                what += "use a model.dtype of higher precision, and start again."
+                what = "no probe of any client changed its loss, so the round measured nothing. Raise estimator.eps, "
+                what += "or use a model.dtype of higher precision, and start again."
             log.warning("round %d: %s", self.round, what)
         self._lost = lost
 
@@ -292,8 +291,8 @@ class Server:
         """What the coming round asks of each client."""
         audit = cast(Sequence[AuditLine], self.store.audit)  # whoever reads scalars is refused where there are none
         counts, fl = self.known_label_counts, self.config.fl
-        most = self.config.step_policy.most_steps(fl)
-        return checked_plan(self.step_policy, audit, counts, num_clients=fl.num_clients, most_steps=most)
+        most = self.config.step_policy.max_steps(fl)
+        return checked_plan(self.step_policy, audit, counts, num_clients=fl.num_clients, max_steps=most)
 
     def _plan(self) -> Plan:
         """The coming plan; a new decision is told."""

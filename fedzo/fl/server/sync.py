@@ -78,8 +78,7 @@ class StateSync:
         )
         replies = answers.replies
         registry.pace.answered(answers.seconds)
-        heard = set(replies) | (set(answers.refused) - answers.mute - answers.gone)
-        registry.note(mute=answers.mute, gone=answers.gone, heard=heard, round=self._round)
+        registry.note(requests, mute=answers.mute, gone=answers.gone, round=self._round)
         if answers.mute or answers.gone:
             registry.beside(self.grid)  # so that a greeting may be answered before the next round
         ordered = sorted(replies)

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from fedzo.records.folder import replace_file
 from fedzo.records.sketch import SketchedLayer
 from fedzo.sketch import Sketch, SketchLinear, SketchSettings, check_shapes, sketch_matrix, sketched_layers
 from fedzo.sketch.packing import columns_per_group
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def sketch_model(
     skip: Sequence[str] = (),
     sequential: bool = True,
     kept: Path,
-    advance: OnProgress = untold,
+    advance: OnProgress = no_progress,
 ) -> BuildReport:
     """Replace the linear layers in a model's blocks by sketches, in place.
 
@@ -80,16 +80,16 @@ def sketch_model(
     """
     names = layers_to_sketch(model, settings.groups_per_row, skip)
     results: dict[str, SketchedLayer] = {}
-    started, matrices_s = time.perf_counter(), [0.0]
+    started, matrices_s = time.perf_counter(), 0.0
     with torch.no_grad():
         walk = start_walk(model, windows)
         for number in range(len(walk.blocks)):
             block = f"{walk.name}.{number}"
-            before = len(results)
             finished: dict[str, Sketch] = {}
             for stage in walk.stages(number):
                 chosen = [name for name in stage if f"{block}.{name}" in names]
-                for name, sketch in _sketch_stage(walk, number, chosen, settings, block, kept, matrices_s):
+                for name, sketch, seconds in _sketch_stage(walk, number, chosen, settings, kept):
+                    matrices_s += seconds
                     finished[name] = sketch
                     results[f"{block}.{name}"] = SketchedLayer(
                         relative_error=sketch.relative_error, num_unused=sketch.num_unused
@@ -100,8 +100,8 @@ def sketch_model(
             walk.advance(number)
             _replace(walk.blocks[number], finished)
             names -= {name for name in names if name.startswith(f"{block}.") and name not in results}
-            advance(max(before, len(results)), len(names))
-    return BuildReport(results, matrices_s[0], time.perf_counter() - started - matrices_s[0])
+            advance(len(results), len(names))
+    return BuildReport(results, matrices_s, time.perf_counter() - started - matrices_s)
 
 
 def layers_to_sketch(model: nn.Module, groups_per_row: int, skip: Iterable[str]) -> set[str]:
@@ -144,26 +144,27 @@ def left_dense(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _sketch_stage(
-    walk: Walk, number: int, stage: list[str], settings: SketchSettings, block: str, kept: Path, seconds: list[float]
-) -> Iterable[tuple[str, Sketch]]:
+    walk: Walk, number: int, stage: list[str], settings: SketchSettings, kept: Path
+) -> Iterator[tuple[str, Sketch, float]]:
     """The sketches of layers that read one tensor, whose Hessian is made when the first of them needs it.
 
-    What the matrices take is added to ``seconds[0]``.
+    Each with its layer's name in the block, and the seconds that its matrix took.
     """
     hessian = None
     for name in stage:
-        file = kept / f"{block}.{name}.safetensors"
+        full_name = f"{walk.name}.{number}.{name}"
+        file = kept / f"{full_name}.safetensors"
         layer: Any = walk.blocks[number].get_submodule(name)
         weight = weight_of(layer)
-        sketch = _read(file, settings, weight.shape[1], name=f"{block}.{name}")
+        sketch, seconds = _read(file, weight.shape[1], name=full_name), 0.0
         if sketch is None:
             if hessian is None:
                 hessian = _hessian(walk.inputs(number, name))
             started = time.perf_counter()
-            sketch = sketch_matrix(weight.cpu(), hessian, settings, name=f"{block}.{name}")
-            seconds[0] += time.perf_counter() - started
+            sketch = sketch_matrix(weight.cpu(), hessian, settings, name=full_name)
+            seconds = time.perf_counter() - started
             _write(file, sketch)
-        yield name, sketch
+        yield name, sketch, seconds
 
 
 def _hessian(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -191,7 +192,7 @@ def _write(file: Path, sketch: Sketch) -> None:
     replace_file(file, data, durable=True)
 
 
-def _read(file: Path, settings: SketchSettings, num_columns: int, *, name: str) -> Sketch | None:
+def _read(file: Path, num_columns: int, *, name: str) -> Sketch | None:
     """A layer that an earlier start finished; None where there is none, or a damaged one."""
     if not os.path.lexists(file):
         return None
@@ -200,6 +201,6 @@ def _read(file: Path, settings: SketchSettings, num_columns: int, *, name: str) 
             codes, tables = stored.get_tensor("codes"), stored.get_tensor("tables")
             facts = json.loads(stored.metadata()["sketch"])
         check_shapes(codes, tables, num_columns, name=name)
-        return Sketch(codes=codes, tables=tables, num_columns=num_columns, settings=settings, **facts)
+        return Sketch(codes=codes, tables=tables, num_columns=num_columns, **facts)
     except (SafetensorError, ConfigError, KeyError, TypeError, ValueError):
         return None

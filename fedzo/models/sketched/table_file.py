@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from fedzo.errors import ConfigError, RunFolderError, printable, some
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.fields import Hash, HashOrEmpty, Within
-from fedzo.records.folder import replace_file, told_as
+from fedzo.records.folder import raised_as, replace_file
 from fedzo.sketch import tables_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def write_tables(
     header = TableHeader(base_digest=base_digest, content=content, digest=_digest(tables), format=FORMAT)
     tensors = {name: table.detach().cpu().clone() for name, table in tables.items()}
     data = save(tensors, metadata={_KEY: to_json(header)})  # one entry, since several would have no fixed order
-    with told_as(RunFolderError, f"table file {path}: it must be writable", "Choose another place."):
+    with raised_as(RunFolderError, f"table file {path}: it must be writable", "Choose another place."):
         replace_file(path, data, durable=True)
 
 
@@ -81,7 +81,7 @@ def read_tables(path: Path, loaded: LoadedModel, *, content: Content = TABLES) -
     """
     where = f"table file {path}"
     try:
-        with told_as(ConfigError, f"{where}: it must be readable", "Check the path."):
+        with raised_as(ConfigError, f"{where}: it must be readable", "Check the path."):
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {})[_KEY]
             header = decode_json(TableHeader, text, where=where, error=ConfigError, remedy="Export it again.")

@@ -59,13 +59,13 @@ class Walk:
         name: Of the list of blocks in the model.
         blocks: In their order.
         states: One tensor [rows, tokens, width] a batch of windows; replaced as the walk goes on.
-        calls: Of each block, by the number of rows of a batch.
+        calls: How each block is called, by the number of rows of a batch.
     """
 
     name: str
     blocks: list[nn.Module]
     states: list[torch.Tensor]
-    calls: list[dict[int, Call]] = field(repr=False)
+    calls: dict[int, list[Call]] = field(repr=False)
 
     def stages(self, block: int) -> list[list[str]]:
         """Names within the block of its dense linear layers, those that read the same tensor together.
@@ -104,7 +104,7 @@ class Walk:
     def advance(self, block: int) -> None:
         """Put the states after the block in the place of those before it."""
         for i, batch in enumerate(self.states):
-            self.states[i] = self.calls[block][len(batch)](self.blocks[block], batch)
+            self.states[i] = self.calls[len(batch)][block](self.blocks[block], batch)
 
     def _all_inputs(
         self, block: int, layers: Mapping[str, nn.Module], batch: torch.Tensor
@@ -123,7 +123,7 @@ class Walk:
 
     def _call(self, block: int, batch: torch.Tensor) -> None:
         with suppress(Reached):
-            self.calls[block][len(batch)](self.blocks[block], batch)
+            self.calls[len(batch)][block](self.blocks[block], batch)
 
 
 def start_walk(model: nn.Module, windows: Sequence[torch.Tensor]) -> Walk:
@@ -138,17 +138,16 @@ def start_walk(model: nn.Module, windows: Sequence[torch.Tensor]) -> Walk:
     """
     name, blocks = find_linear_blocks(model)
     device = next(model.parameters()).device
-    walk = Walk(name, blocks, [], [{} for _ in blocks])
+    walk = Walk(name, blocks, [], {})
     for low in range(0, len(windows), _ROWS_AT_ONCE):
         ids = torch.stack(list(windows[low : low + _ROWS_AT_ONCE])).to(device)
-        known = len(ids) in walk.calls[0]
+        known = len(ids) in walk.calls
         states, calls, last = _capture(model, blocks, ids, first_only=known)
         walk.states.append(states)
         if not known:
             other, _, other_last = _capture(model, blocks, ids.flip(1), first_only=False)
             _check(model, blocks, calls, [states, other], [last, other_last])
-            for of_block, call in zip(walk.calls, calls, strict=True):
-                of_block[len(ids)] = call
+            walk.calls[len(ids)] = calls
     return walk
 
 

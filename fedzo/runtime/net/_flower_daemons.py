@@ -19,9 +19,9 @@ from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.retry import http_retry
 from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
 
-import fedzo.runtime.net._flower_http  # noqa: F401 - its shorter pauses hold for a SuperNode, too
 from fedzo.errors import printable
-from fedzo.runtime.net.daemons import CONNECTED, HEARD, REFUSED, SILENT
+from fedzo.runtime.net._flower_http import be_patient  # its shorter pauses hold for a SuperNode, too
+from fedzo.runtime.net.daemons import CONNECTED, HEARD, LATE, REFUSED, SILENT
 from fedzo.runtime.net.gate import CLOCK_AHEAD_S, CLOCK_BEHIND_S
 from fedzo.runtime.net.gate_http import FLEET
 
@@ -31,7 +31,7 @@ CLEAN_UP_S = 1.0
 ACTIVATE = f"{FLEET}activate-node"
 UNREACHED = (httpx.codes.BAD_GATEWAY, httpx.codes.GATEWAY_TIMEOUT)
 """What a proxy answers in the place of a server that does not."""
-MOST_UNANSWERED = 2
+MAX_UNANSWERED = 2
 """Calls in a row, for a server to count as silent: one alone also fails where a connection was closed meanwhile."""
 
 
@@ -41,8 +41,9 @@ def quicken(poll_s: float, lease_s: float) -> None:
     It asks for work every 3 s when idle, and every 0.5 s whether the client has replied; these are constants in its
     loop, so the module's name ``time``, of which it uses nothing but ``sleep``, is replaced. The gate before fedzo's
     SuperLink holds a question for work until there is some. By Flower's constants a node that died is missed after
-    60 s, and cannot come back before; here it is after ``lease_s``. What a proxy does not pass on is sent again: Flower
-    would lose the site's reply. And a node says again that it lives, whatever the answer was.
+    60 s, and cannot come back before; here it is after ``lease_s``. What a proxy does not pass on is sent again,
+    and what a handshake lost: Flower would lose the site's reply. And a node says again that it lives, whatever the
+    answer was.
     """
     flower = logging.getLogger("flwr")
     flower.setLevel(logging.INFO)
@@ -55,6 +56,7 @@ def quicken(poll_s: float, lease_s: float) -> None:
     connection: Any = fleet_http_connection
     connection.HEARTBEAT_DEFAULT_INTERVAL = lease_s / HEARTBEAT_PATIENCE
     connection.HeartbeatSender = lambda beat: HeartbeatSender(_persistent(beat))
+    connection.make_simple_http_retry_invoker = lambda: be_patient(http_retry.make_simple_http_retry_invoker())
     signing: Any = node_auth_http_interceptor.NodeAuthHttpInterceptor
     signing.intercept = _telling(signing.intercept)
     retry: Any = http_retry
@@ -100,7 +102,7 @@ def _telling(intercept: Callable[..., httpx.Response]) -> Callable[..., httpx.Re
             signed, told = context.request.headers[TIMESTAMP_HEADER], response.headers.get("date")
             log.warning("%s: %s", REFUSED, _why(context.request.url.path, signed, told))
         elif response.status_code == httpx.codes.REQUEST_TIMEOUT:
-            log.warning("%s: a part of a reply took too long to arrive. This site needs a faster line to it.", REFUSED)
+            log.warning("%s: %s. This site needs a faster line to it.", REFUSED, LATE)
         return response
 
     return telling
@@ -115,24 +117,24 @@ class _Server:
     def was_silent(self, why: str) -> None:
         """A call got no answer."""
         self._unanswered += 1
-        if self._unanswered == MOST_UNANSWERED:
+        if self._unanswered == MAX_UNANSWERED:
             log.warning("%s (%s)", SILENT, printable(why))
 
     def answered(self) -> None:
         """A call got an answer."""
-        if self._unanswered >= MOST_UNANSWERED:
+        if self._unanswered >= MAX_UNANSWERED:
             log.warning(HEARD)
         self._unanswered = 0
 
 
 def _why(path: str, signed: str, told: str | None) -> str:
     """Why a request to this path was refused that was signed at this time, when the server's clock showed that one."""
-    if told is not None:
-        server = email.utils.parsedate_to_datetime(told)
-        ahead_s = (datetime.datetime.fromisoformat(signed) - server).total_seconds()
+    if (server := email.utils.parsedate_tz(told or "")) is not None:
+        ahead_s = datetime.datetime.fromisoformat(signed).timestamp() - email.utils.mktime_tz(server)
         if not -CLOCK_BEHIND_S < ahead_s < CLOCK_AHEAD_S:
             side = "ahead of" if ahead_s > 0 else "behind"
-            return f"this machine's clock is {abs(ahead_s):.0f} s {side} the server's. Set this machine's clock."
+            off = f"this machine's clock is {abs(ahead_s):.0f} s {side} the server's"
+            return f"{off}. One of the two clocks is wrong: set that one."
     if path != ACTIVATE:  # it was let in before
         return "it has started anew, or has revoked the key of this site. The site connects again."
     return "the key of this site is not registered there, or was revoked. `fedzo server add-client` registers it."

@@ -33,7 +33,7 @@ from flwr.superlink.grid import HttpGrid
 
 from fedzo.fl.exchange import message_bytes
 from fedzo.runtime._flower import ErrorCode, TaskIdentity, failure_reason
-from fedzo.runtime.net._flower_http import RunNotRunningException, TaskOver, kept_alive
+from fedzo.runtime.net._flower_http import RunNotRunningException, TaskOver, be_patient, kept_alive
 
 __all__ = ["ServerGrid", "server_task"]
 log = logging.getLogger(__name__)
@@ -79,11 +79,11 @@ class ServerGrid(HttpGrid):
     def __init__(self, address: str, *, root_certificates: bytes, token: str) -> None:
         super().__init__(address, root_certificates=root_certificates, token=token)
         self._arriving: dict[str, _Arriving] = {}
-        self._most_bytes = SMALL_REPLY_BYTES
+        self._max_bytes = SMALL_REPLY_BYTES
 
     def limit_replies(self, number_bytes: int) -> None:
         """Expect at most so many bytes of numbers in a reply; a longer one is an error of its client."""
-        self._most_bytes = SMALL_REPLY_BYTES + number_bytes
+        self._max_bytes = SMALL_REPLY_BYTES + number_bytes
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The whole replies to these messages."""
@@ -143,7 +143,7 @@ class ServerGrid(HttpGrid):
                 reply.missing.pop()
                 reply.since = time.monotonic()
                 reply.num_bytes += len(part)
-                if reply.num_bytes > self._most_bytes:
+                if reply.num_bytes > self._max_bytes:
                     raise _Unreadable(self._too_long)
         except ObjectUnavailableError:
             return False
@@ -155,7 +155,7 @@ class ServerGrid(HttpGrid):
 
     @property
     def _too_long(self) -> str:
-        return f"its reply must have at most {self._most_bytes} bytes, got more"
+        return f"its reply must have at most {self._max_bytes} bytes, got more"
 
     @property
     def _run_id(self) -> int:
@@ -169,7 +169,7 @@ class ServerGrid(HttpGrid):
             if not isinstance(message, Message):
                 raise TypeError(type(message).__name__)
             # a record counts each time that the reply names it
-            if not message.has_error() and message_bytes(message.content) > self._most_bytes:
+            if not message.has_error() and message_bytes(message.content) > self._max_bytes:
                 raise _Unreadable(self._too_long)
         except _Unreadable:
             raise
@@ -190,7 +190,7 @@ def server_task(grid: ServerGrid, *, not_taken: Callable[[], None]) -> Iterator[
         grid: With the token of the run's task.
         not_taken: Called each time that the SuperLink does not take a request, which is then made again.
     """
-    retry, over = grid._retry_invoker, threading.Event()
+    retry, over = be_patient(grid._retry_invoker), threading.Event()
 
     def wait(seconds: float) -> None:
         not_taken()

@@ -29,7 +29,7 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
@@ -42,6 +42,7 @@ __all__ = [
     "RuntimeApi",
     "TaskOver",
     "TaskType",
+    "be_patient",
     "client_task",
     "kept_alive",
 ]
@@ -49,6 +50,8 @@ _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 PULL_PAUSES = {"initial_backoff": 0.02, "backoff_cap": 1.0, "max_tries_per_object": None}
 """Seconds before a part of a message that is still under way is asked for again: doubled each time, to at most the cap.
 Flower begins with 1 s and gives up after 500 times; here time alone counts, of which it gives two hours."""
+WRONG_CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
+"""OpenSSL's word for a certificate that has ended, or is not of the authority or the host."""
 
 for _pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
     cast(Any, _pull).__kwdefaults__.update(PULL_PAUSES)
@@ -196,5 +199,21 @@ def _client(address: str, authority: bytes | None, *interceptors: Any) -> Runtim
         insecure=authority is None,
         root_certificates=authority,
         interceptors=list(interceptors),
-        retry_invoker=make_simple_http_retry_invoker(),
+        retry_invoker=be_patient(make_simple_http_retry_invoker()),
     )
+
+
+def be_patient(retry: RetryInvoker) -> RetryInvoker:
+    """Give up at once for a certificate that is not the server's, and for no other failure of a line.
+
+    Flower does so wherever the error's words have "ssl" in them, such as of a handshake that was slow or broke off.
+    """
+    judge = retry.should_giveup
+
+    def judge_patiently(error: Exception) -> bool:
+        if isinstance(error, httpx.TransportError):
+            return WRONG_CERTIFICATE in str(error)
+        return judge is not None and judge(error)
+
+    retry.should_giveup = judge_patiently
+    return retry

@@ -9,7 +9,7 @@ from typing import Annotated
 from fedzo.errors import ConfigError, shell
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.fields import Length
-from fedzo.records.folder import make_folder, replace_file, told_as
+from fedzo.records.folder import make_folder, raised_as, replace_file
 from fedzo.runtime.net.addresses import Address, split_address
 from fedzo.runtime.net.credentials import (
     Endpoint,
@@ -58,7 +58,7 @@ def read_invitation(file: Path) -> Invitation:
         ConfigError: It is none.
     """
     where, remedy = f"invitation {file}", "Give the file that `fedzo server add-client` wrote."
-    with told_as(ConfigError, f"{where}: it must be a readable file", remedy):
+    with raised_as(ConfigError, f"{where}: it must be a readable file", remedy):
         text = file.read_bytes()
     return decode_json(Invitation, text, where=where, error=ConfigError, remedy=remedy)
 

@@ -70,6 +70,10 @@ class Certificate:
         """Days from now to its end; negative when it is over."""
         return (self.ends - datetime.datetime.now(datetime.UTC)).total_seconds() / 86400
 
+    def covers(self, host: str) -> bool:
+        """Whether it is for this host, also by a name whose first label is ``*``."""
+        return not {host, f"*.{host.partition('.')[2]}"}.isdisjoint(self.names)
+
 
 def make_authority(certificate: Path, key: Path) -> None:
     """Write a new certificate authority."""

@@ -27,10 +27,12 @@ SUPERNODE_POLL_S = 0.05
 NODE_LEASE_S = 40.0
 """How long after its last word a SuperNode counts as connected. Half as long, and the words of 200 nodes alone would
 keep a SuperLink half busy."""
-CONNECTED, REFUSED = "connected as node", "the server refused"
+STARTED, CONNECTED, REFUSED = "this SuperNode has just started", "connected as node", "the server refused"
 SILENT, HEARD = "the server does not answer", "the server answers again"
-"""With what a SuperNode's log tells that it was let in, or not, and that the server is silent, or is not any more;
-`fedzo client up` looks for it."""
+"""With what a SuperNode's log tells that it is a new one, that it was let in, or not, and that the server is silent, or
+is not any more; `fedzo client up` and `fedzo status` look for it."""
+LATE = "a part of a reply took too long to arrive"
+"""What the server may refuse of a site that stays connected."""
 LOOK_S = 2.0
 """How often a SuperLink looks whether its certificate was renewed."""
 log = logging.getLogger("fedzo.runtime.net.daemons")  # run by -m it is `__main__`, and no child of fedzo's
@@ -47,6 +49,7 @@ def main() -> None:
     if kind == "superlink":
         _superlink(ServerFolder(Path(arguments[0])))
     else:
+        log.warning(STARTED)  # the first, so that one that ends at once is seen, too
         from flwr.supernode.cli.flower_supernode import flower_supernode
 
         from fedzo.runtime.net._flower_daemons import quicken

@@ -65,20 +65,20 @@ MAX_BODY_BYTES = 16 << 20
 """Of one request; Flower cuts what is longer into chunks of 5 MB."""
 STRANGER_BODY_BYTES = 64 << 10
 """Of a request of a node that is not registered: only to say who it is."""
-MOST_HELD_BYTES, MOST_HELD_OF_ONE = 1 << 30, 64 << 20
+MAX_HELD_BYTES, MAX_HELD_OF_ONE = 1 << 30, 64 << 20
 """Of requests that are not answered yet: of all, and of a registered client at one host, whose SuperNode sends at most
 2 pieces of 5 MB at once. While there is no room, whoever sends more than a stranger may is told to ask again."""
-MOST_HEAR_S = 60.0
+MAX_HEAR_S = 60.0
 """For the body of one request to arrive; Flower's nodes wait for an answer for half of that."""
 REQUESTS_PER_S, BURST = 200.0, 2000.0
 """Of a registered client, whose SuperNode moves each object of a message by a request."""
 STRANGER_REQUESTS_PER_S, STRANGER_BURST = 5.0, 50.0
 """Of all other nodes of one host together."""
-MOST_AT_ONCE = 2
+MAX_AT_ONCE = 2
 """Requests of sites that the SuperLink works on at once; those of the run's server do not wait for a turn."""
-MOST_WAIT_S, HOLD_S = 10.0, 15.0
+MAX_WAIT_S, HOLD_S = 10.0, 15.0
 """For a turn, and of a question for work. Both together must be well below the 30 s that a node waits for an answer."""
-MOST_NODES = 100_000
+MAX_NODES = 100_000
 QUIET_S = 60.0
 """How long the gate does not repeat itself about one node."""
 STRANGER_LINES = 5
@@ -95,7 +95,7 @@ class Gate:
         public_port: The port that sites reach; others pass.
         folder: The server's, for the names of clients.
         clock: Seconds, for the rate.
-        most_wait_s: How long a request waits for its turn.
+        max_wait_s: How long a request waits for its turn.
         hold_s: How long a question for work waits for something to come.
     """
 
@@ -106,7 +106,7 @@ class Gate:
         public_port: int,
         folder: ServerFolder,
         clock: Callable[[], float] = time.monotonic,
-        most_wait_s: float = MOST_WAIT_S,
+        max_wait_s: float = MAX_WAIT_S,
         hold_s: float = HOLD_S,
     ) -> None:
         self._app = app
@@ -118,8 +118,8 @@ class Gate:
         self._strangers: dict[str, tuple[float, int]] = {}
         self._start = secrets.token_hex(8)
         self._up_bytes = self._down_bytes = 0
-        self._room = Room(MOST_HELD_BYTES, MOST_HELD_OF_ONE, always=STRANGER_BODY_BYTES)
-        self._turns, self._most_wait_s = Turns(MOST_AT_ONCE), most_wait_s
+        self._room = Room(MAX_HELD_BYTES, MAX_HELD_OF_ONE, always=STRANGER_BODY_BYTES)
+        self._turns, self._max_wait_s = Turns(MAX_AT_ONCE), max_wait_s
         self._arrivals, self._hold_s, self._ending = Arrivals(), hold_s, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,19 +140,19 @@ class Gate:
             self._tell(asker, "it asks too often")
             await answer(send, 429, "too many requests")
             return
-        most_bytes = STRANGER_BODY_BYTES if asker.name is None else MAX_BODY_BYTES
+        max_bytes = STRANGER_BODY_BYTES if asker.name is None else MAX_BODY_BYTES
         declared = header(scope, b"content-length") or b"0"
-        if not declared.isdigit() or len(declared) > 20 or int(declared) > most_bytes:
+        if not declared.isdigit() or len(declared) > 20 or int(declared) > max_bytes:
             await answer(send, 413, "too large")
             return
         if asker.name is not None:
             self._up_bytes += request_bytes(scope)
         with self._room.of_one((asker.name, asker.network)) as take:
             try:
-                async with asyncio.timeout(MOST_HEAR_S):
-                    heard = await self._hear(asker, receive, most_bytes, take)
+                async with asyncio.timeout(MAX_HEAR_S):
+                    heard = await self._hear(asker, receive, max_bytes, take)
             except TimeoutError:
-                self._tell(asker, f"a request of it took longer than {MOST_HEAR_S:.0f} s to arrive")
+                self._tell(asker, f"a request of it took longer than {MAX_HEAR_S:.0f} s to arrive")
                 await answer(send, 408, "too slow")
                 return
             if heard is None:
@@ -184,7 +184,7 @@ class Gate:
                 self._arrivals.came(node)
 
     async def _hear(
-        self, asker: Asker, receive: Receive, most_bytes: int, take: Callable[[int], bool]
+        self, asker: Asker, receive: Receive, max_bytes: int, take: Callable[[int], bool]
     ) -> list[Event] | None:
         """A request's whole body as one event, since parts of a byte would take more room; none where there is no room.
 
@@ -203,7 +203,7 @@ class Gate:
                 take(0)
             if asker.name is not None:
                 self._up_bytes += len(part)
-            if taken > most_bytes or event["type"] != "http.request":
+            if taken > max_bytes or event["type"] != "http.request":
                 return None
             more = bool(event.get("more_body"))
         return [{"type": "http.request", "body": bytes(body)}] if has_room else []
@@ -239,7 +239,7 @@ class Gate:
                 return
             wait = turn.enter_async_context(self._turns.one(URGENCY.get(scope["path"], 1)))
             try:
-                async with asyncio.timeout(0 if self._ending else self._most_wait_s):
+                async with asyncio.timeout(0 if self._ending else self._max_wait_s):
                     here = await unless_left(wait, left)
             except TimeoutError:
                 await answer(send, 503, "busy", hang_up=False)
@@ -265,7 +265,7 @@ class Gate:
             key = b64decode(header(scope, b"flwr-public-key"), validate=True)[:1000]
         except ValueError:
             key = b""
-        client = self._folder.by_key().get(key)
+        client = self._folder.registry.by_key().get(key)
         return Asker((scope.get("client") or ("?",))[0], key, client.name if client else None)
 
     def _within_rate(self, asker: Asker) -> bool:
@@ -275,7 +275,7 @@ class Gate:
         now, who = self._clock(), (asker.name, asker.network if asker.name is None else asker.host)
         left, since = self._budgets.get(who, (burst, now))
         left = min(burst, left + (now - since) * rate)
-        if len(self._budgets) >= MOST_NODES and who not in self._budgets:
+        if len(self._budgets) >= MAX_NODES and who not in self._budgets:
             self._budgets.clear()
         self._budgets[who] = max(0.0, left - 1.0), now
         return left >= 1.0
@@ -288,7 +288,8 @@ class Gate:
             self._tell(
                 asker,
                 f"its clock is {abs(behind_s):.0f} s {side} this server's, and may be at most {CLOCK_AHEAD_S:.0f} s "
-                f"ahead or {CLOCK_BEHIND_S:.0f} s behind. Set its clock",
+                f"ahead or {CLOCK_BEHIND_S:.0f} s behind. Set its clock, or this server's if several sites are refused "
+                "so",
             )
         elif asker.name is None:
             self._tell(asker, "its key is not registered here. `fedzo server add-client` registers it")
@@ -309,7 +310,7 @@ class Gate:
                 return
             self._strangers[asker.network] = begun, lines + 1
         for told in (self._told, self._strangers):
-            if len(told) >= MOST_NODES:
+            if len(told) >= MAX_NODES:
                 told.clear()
         self._told[what] = now
         log.warning("%s", printable(f"refused: {asker.words}: {why}."))

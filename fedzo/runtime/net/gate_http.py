@@ -50,13 +50,13 @@ class Room:
     """For bytes of requests that are not over.
 
     Args:
-        most: Of all of them.
-        most_of_one: Of those of one asker.
+        max_of_all: Of all of them.
+        max_of_one: Of those of one asker.
         always: Of one request, for which there always is room.
     """
 
-    def __init__(self, most: int, most_of_one: int, *, always: int) -> None:
-        self._most, self._most_of_one, self._always = most, most_of_one, always
+    def __init__(self, max_of_all: int, max_of_one: int, *, always: int) -> None:
+        self._max_of_all, self._max_of_one, self._always = max_of_all, max_of_one, always
         self._all, self._of = 0, Counter[Hashable]()
 
     @contextmanager
@@ -70,7 +70,7 @@ class Room:
         def take(size: int) -> bool:
             nonlocal taken
             more = size - taken
-            is_full = self._all + more > self._most or self._of[who] + more > self._most_of_one
+            is_full = self._all + more > self._max_of_all or self._of[who] + more > self._max_of_one
             if is_full and size > self._always:
                 return False
             taken = size

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fedzo.errors import ProtocolError
+from fedzo.records.folder import make_folder, open_file
 
 log = logging.getLogger(__name__)
 GRACE_S = 8.0
@@ -55,7 +56,8 @@ class Processes:
         self._log_dir = log_dir
         self._environment = dict(environment)
         self._children: list[_Child] = []
-        log_dir.mkdir(parents=True, exist_ok=True)
+        if not log_dir.exists():
+            make_folder(log_dir)
 
     def start(
         self,
@@ -171,7 +173,8 @@ class Processes:
                 process.wait()
 
     def _spawn(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        with self.log_path(name).open("ab") as output:
+        opened = open_file(self._log_dir, self.log_path(name).name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(opened, "ab") as output:
             return subprocess.Popen(
                 command,
                 env=environment,

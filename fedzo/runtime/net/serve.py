@@ -14,6 +14,7 @@ from flwr.serverapp import ServerApp
 from fedzo.errors import ProtocolError
 from fedzo.run.apps import RUN_DIR_KEY
 from fedzo.runtime._flower import ErrorCode, one_federation, quiet_flower
+from fedzo.runtime.config import STARTUP_S
 from fedzo.runtime.net._flower_control import control
 from fedzo.runtime.net._flower_grid import ServerGrid, server_task
 from fedzo.runtime.net._flower_http import RunNotRunningException, RuntimeApi, TaskType
@@ -26,8 +27,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.1
 LOOK_S = 1.0
 """How often the server looks whether its SuperLink was started again."""
-STARTUP_S = 120.0
-NODES_PAUSE, MOST_PAUSE_S = 20, 5.0
+NODES_PAUSE, MAX_PAUSE_S = 20, 5.0
 """A look at the connected nodes holds for so many times its length, since one at hundreds takes long, but not longer
 than that: it takes longer still while the SuperLink is started again."""
 TASK_S = 30.0
@@ -98,15 +98,19 @@ class KeyedGrid(ServerGrid):
         """Nodes that are connected, also such that the registry does not know any more."""
         if (began := time.monotonic()) < self._next_nodes:
             return self._nodes
-        nodes, known = list(self.get_nodes()), self._folder.by_key()
+        nodes, known = list(self.get_nodes()), self._folder.registry.by_key()
         self._clients = {node.node_id: known[node.public_key].index for node in nodes if node.public_key in known}
         self._nodes, ended = [node.node_id for node in nodes], time.monotonic()
-        self._next_nodes = ended + min(NODES_PAUSE * (ended - began), MOST_PAUSE_S)
+        self._next_nodes = ended + min(NODES_PAUSE * (ended - began), MAX_PAUSE_S)
         return self._nodes
 
     def client_of(self, node: int) -> int | None:
         """The index of the client that a node of ``get_node_ids`` plays; None where none is registered for its key."""
         return self._clients.get(node)
+
+    def registered(self, clients: set[int]) -> set[int]:
+        """Those of these clients whose key is in the registry."""
+        return clients & {client.index for client in self._folder.registry.by_key().values()}
 
     def wire_bytes(self) -> tuple[int, int]:
         """Bytes that registered clients sent and got, by the SuperLink's gate, which counts anew after a restart."""

@@ -15,7 +15,7 @@ from fedzo.errors import FedzoError, ProtocolError, RunFolderError, shell
 from fedzo.records.decode import encode, read_record
 from fedzo.records.folder import make_folder, open_file, replace_file
 from fedzo.records.presence import OUTCOME, Outcome
-from fedzo.runtime.net.parts import environment
+from fedzo.runtime.net.launch import environment
 from fedzo.runtime.net.processes import python, told_status
 from fedzo.system import COMMAND_ENV, command
 

@@ -27,9 +27,10 @@ class LocalOptimizer(StrEnum):
     """How a client moves along its gradients within a round."""
 
     sgd = "sgd"
-    """theta <- theta - lr * gradient."""
+    """``theta -= lr * gradient``."""
     adamw = "adamw"
-    """AdamW (arXiv 1711.05101). Its moments are zero at the start of each round."""
+    """AdamW (arXiv 1711.05101), as in torch with a decay of ``lr * weight_decay``. Its moments are zero at the start of
+    each round."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,6 +62,7 @@ class BackpropConfig(EstimatorConfig):
                     yield problem(f"estimator.{each.name}", rule, given, "Write estimator.local_optimizer=adamw.")
 
 
+@ESTIMATORS.register("backprop", BackpropConfig)
 @dataclass(frozen=True, slots=True)
 class Backprop:
     """torch's SGD or AdamW on theta in float32, whatever dtype the model computes in."""
@@ -87,9 +89,3 @@ class Backprop:
             return torch.optim.SGD([theta], lr=lr)
         betas = (config.beta1, config.beta2)
         return torch.optim.AdamW([theta], lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
-
-
-@ESTIMATORS.register("backprop", BackpropConfig)
-def backprop(config: BackpropConfig) -> Backprop:
-    """Build backpropagation."""
-    return Backprop(config)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedzo.errors import ConfigError, Problem, at_least, positive, positive_float32, problem
-from fedzo.records.fields import MOST_STEPS
+from fedzo.records.fields import MAX_STEPS
 from fedzo.registry import PluginConfig, Registry
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.base import DifferentiableSpace, GraphLossFn, Space
@@ -129,8 +129,8 @@ class ZerothOrderConfig(EstimatorConfig):
         elif not any(positive("", run.trainer.eps, "")):
             yield from positive_float32("estimator.eps", run.trainer.eps, "1e-3 is usual.")
         yield from at_least("estimator.num_probes", self.num_probes, 1, "A step needs a direction.")
-        if self.num_probes > MOST_STEPS:
-            rule = f"be at most {MOST_STEPS}, the maximum of a record of the log"
+        if self.num_probes > MAX_STEPS:
+            rule = f"be at most {MAX_STEPS}, the maximum of a record of the log"
             yield problem("estimator.num_probes", rule, self.num_probes, "Lower it.")
 
 

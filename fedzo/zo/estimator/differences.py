@@ -88,10 +88,12 @@ class OneSided:
     """Forward differences g_p = (l_p - b_p) / eps with a baseline b that is shared by the step's probes.
 
     - ``center``: b = l0. P + 1 forwards.
-    - ``mean``: b = the mean of all l_q. P forwards. Its expectation is (P - 1) / P of the gradient, since b holds l_p.
-    - ``leave_one_out``: b_p = the mean of the l_q with q != p. P forwards, unbiased.
+    - ``mean``: b = the mean of all l_q. P forwards. The mean of g z is (P - 1) / P of the others', since b holds l_p.
+    - ``leave_one_out``: b_p = the mean of the l_q with q != p. P forwards.
 
-    All up to O(eps), where the central difference is up to O(eps^2). A loss that is not finite takes no part in a mean.
+    Since -z is as likely as z, the mean of g z is exactly that of the central difference, unbiased up to O(eps^2). A
+    single g is off by O(eps), about eps z'Hz / 2 with H the Hessian. ``mean`` and ``leave_one_out`` subtract the
+    average of this over the probes, and that of their slopes. A loss that is not finite takes no part in a mean.
     """
 
     eps: float
@@ -106,7 +108,7 @@ class OneSided:
         losses = _perturbed_losses(space, loss_fn, keys, eps=self.eps)
         finite = losses[np.isfinite(losses)]
         if finite.size < 2:
-            return _all_dropped(len(keys))
+            return [DROPPED] * len(keys)
         # l_p minus the mean of the others is l_p minus the mean of all, times n / (n - 1)
         scale = finite.size / (finite.size - 1) if self.baseline is Baseline.leave_one_out else 1.0
         with np.errstate(all="ignore"):
@@ -152,7 +154,7 @@ class Fzoo:
         losses = _perturbed_losses(space, loss_fn, keys, eps=self.eps)
         finite = losses[np.isfinite(losses)]
         if finite.size < 2:
-            return _all_dropped(len(keys))
+            return [DROPPED] * len(keys)
         with np.errstate(all="ignore"):
             sigma = finite.std(ddof=1)
             # a sigma of 0 divides to inf or nan, an infinite one to a g that says nothing
@@ -169,10 +171,6 @@ def _perturbed_losses(space: Space, loss_fn: LossFn, keys: Sequence[int], *, eps
         with space.probe(eps, key):
             losses[p] = loss_fn()
     return losses
-
-
-def _all_dropped(count: int) -> list[Projection]:
-    return [DROPPED] * count
 
 
 @ESTIMATORS.register("two_point", TwoPointConfig)

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class AdamConfig(ServerOptimizerConfig):
-    """Adam over rounds (arXiv 1412.6980) with decoupled decay (AdamW, arXiv 1711.05101)."""
+    """Adam over rounds (arXiv 1412.6980), with decoupled decay as in torch's AdamW.
+
+    Whatever the size of the gradient, a round moves a value by about ``lr``, or less where rounds disagree. The
+    trainer's rate does not suit. Clients take their local steps at the same rate.
+    """
 
     beta1: float = 0.9
     """Share of the first moment that a round keeps."""
@@ -48,10 +52,13 @@ class AdamConfig(ServerOptimizerConfig):
 
 @dataclass(frozen=True, slots=True)
 class Adam:
-    """Adam with bias correction (arXiv 1412.6980) and decoupled decay (AdamW, arXiv 1711.05101); t = round + 1.
+    """Adam with bias correction (arXiv 1412.6980) and decoupled decay as in torch's AdamW; t = round + 1.
 
     m <- beta1 m + (1 - beta1) u, v <- beta2 v + (1 - beta2) u u,
     theta <- theta - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
+
+    Deviations from FedAdam (arXiv 2003.00295): one rate for clients and server; bias correction; moments of u, the
+    mean displacement of the clients over lr, so that eps is its tau over lr.
     """
 
     beta1: float

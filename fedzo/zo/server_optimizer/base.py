@@ -1,11 +1,12 @@
 """Server optimizers: how a round of the log moves the trained values, at the server and at clients that replay it.
 
 Legend: theta float32 [n]; u = sum of c z over the round's (step, probe, owner), float32 [n]; lr of the record; lambda
-the weight decay. Before the step of any rule, theta <- theta * float32(1 - lr lambda), once a round.
+the weight decay. Before the step of any optimizer, theta <- theta * float32(1 - lr lambda), once a round.
 
-A rule is a pure function of (theta, state, record). Its arithmetic is the correctly rounded IEEE float32 sum, product,
-quotient and square root, one operation after another in numpy on the CPU, whatever holds theta: the same bits on every
-machine. Numbers that all coordinates share (1 - beta^t) are evaluated in float64 products and rounded to float32 once.
+An optimizer is a pure function of (theta, state, record). Its arithmetic is the correctly rounded IEEE float32 sum,
+product, quotient and square root, one operation after another in numpy on the CPU, whatever holds theta: the same bits
+on every machine. Numbers that all coordinates share (1 - beta^t) are evaluated in float64 products and rounded to
+float32 once.
 """
 
 from __future__ import annotations
@@ -89,9 +90,14 @@ class ServerOptimizerConfig(PluginConfig):
         ends_low = self.schedule is not Schedule.constant and self.final_lr_share > 0
         return self.final_lr_share if ends_low else 1.0
 
+    def lr_in(self, run: RunSettings) -> float:
+        """The learning rate before its schedule, also where it is left to the trainer."""
+        return run.trainer.lr if self.lr is None else self.lr
+
     def problems(self, run: RunSettings) -> Iterator[Problem]:
-        lr, trainers = (run.trainer.lr, not_negative("", run.trainer.lr, "")) if self.lr is None else (self.lr, ())
-        if not 0 <= lr < 2.0**128 and not any(trainers):  # it travels and is logged as a float32
+        lr = self.lr_in(run)
+        trainer_tells = self.lr is None and any(not_negative("trainer.lr", lr, ""))
+        if not 0 <= lr < 2.0**128 and not trainer_tells:  # it travels and is logged as a float32
             yield problem("server_optimizer.lr", "be >= 0 and finite in float32", lr, "0 trains nothing.")
         if not 0 <= self.final_lr_share <= 1:
             remedy = "The value is the share of server_optimizer.lr in the last round."
@@ -104,7 +110,7 @@ class ServerOptimizerConfig(PluginConfig):
 
     def decay_problems(self, key: str, weight_decay: float, run: RunSettings) -> Iterator[Problem]:
         """Of a decay by 1 - lr * weight_decay that goes with this learning rate and schedule."""
-        lr, share = run.trainer.lr if self.lr is None else self.lr, self.decay_share
+        lr, share = self.lr_in(run), self.decay_share
         shrink = lr * weight_decay
         if shrink >= 1:
             yield problem(key, "make server_optimizer.lr * weight_decay less than 1", weight_decay, "Lower it.")
@@ -151,7 +157,7 @@ class ServerOptimizer(Protocol):
     """Moves a space along the log, one round a call."""
 
     def num_moments(self, num_clients: int) -> int:
-        """Numbers that the rule remembers for each trained value, in a run of so many clients."""
+        """Numbers that the optimizer remembers for each trained value, in a run of so many clients."""
         ...
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
@@ -192,24 +198,24 @@ SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry("server_optimizer", base
 
 
 def build_server_optimizer(config: ServerOptimizerConfig, *, local_steps: int) -> ServerOptimizer:
-    """The rule of a configuration.
+    """The server optimizer of a configuration.
 
     Raises:
-        ConfigError: The rule is not what its config's traits say, by which the rest of the run was judged.
+        ConfigError: It is not what its config's traits say, by which the rest of the run was judged.
     """
-    rule = SERVER_OPTIMIZERS.build(config, local_steps=local_steps)
+    optimizer = SERVER_OPTIMIZERS.build(config, local_steps=local_steps)
     for trait, kind in (("walks_clients", ControlVariates), ("takes_vectors", VectorOptimizer)):
-        if getattr(config.traits, trait) != (is_one := isinstance(rule, kind)):
+        if getattr(config.traits, trait) != (is_one := isinstance(optimizer, kind)):
             raise ConfigError(
-                f"server_optimizer: {type(config).__name__}.traits.{trait} must be {is_one}, as its rule is "
+                f"server_optimizer: {type(config).__name__}.traits.{trait} must be {is_one}, as its optimizer is "
                 f"{'one' if is_one else 'none'} of {kind.__name__}, got {not is_one}. Mend the plugin."
             )
-    if config.traits.keeps_moments != (keeps := (count := rule.num_moments(1)) > 0):
+    if config.traits.keeps_moments != (keeps := (count := optimizer.num_moments(1)) > 0):
         raise ConfigError(
-            f"server_optimizer: {type(config).__name__}.traits.keeps_moments must be {keeps}, as its rule's "
+            f"server_optimizer: {type(config).__name__}.traits.keeps_moments must be {keeps}, as its optimizer's "
             f"num_moments(1) is {count}, got {not keeps}. Mend the plugin."
         )
-    return rule
+    return optimizer
 
 
 def round_direction(space: Space, record: RoundRecord, *, run_seed: int) -> Values:

@@ -1,10 +1,10 @@
 """Server optimizers that correct what pulls a client's local steps towards its own optimum, in a restricted space.
 
-A correction is a function of the log, so no vector travels: a record of these rules keeps every client's own scalars
-(along shared directions), and every peer walks each client's local steps again - K T P directions a round, where the
-other rules have T P. The collapse of all clients' steps into one mean scalar a direction does not hold here, since a
-correction is not along a direction. A step without any scalar measured nothing and is not taken at all: the correction
-alone would lead uphill.
+A correction is a function of the log, so no vector travels: a record of these optimizers keeps every client's own
+scalars (along shared directions), and every peer walks again the local steps of those that answered: S T P directions
+a round, where others have T P. The collapse of all clients' steps into one mean scalar a direction does not
+hold here, since a correction is not along a direction. A step without any scalar measured nothing and is not taken at
+all: the correction alone would lead uphill.
 
 Legend: theta float32 [n] the round's start; y_k client k's end; K clients of the run, S those that answered; T local
 steps; ghat the estimate of a local step. ``moments`` [K + 1, n]: row 1 + k remembers client k, row 0 the mean of these.
@@ -24,7 +24,6 @@ import torch
 
 from fedzo.errors import Problem, problem
 from fedzo.zo.log import Drift, RoundRecord, local_step
-from fedzo.zo.seeds import step_keys
 from fedzo.zo.server_optimizer.base import (
     SERVER_OPTIMIZERS,
     ControlVariates,
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def end_models(
-    rule: ControlVariates, space: Space, moments: Values, record: RoundRecord, *, run_seed: int
+    optimizer: ControlVariates, space: Space, moments: Values, record: RoundRecord, *, run_seed: int
 ) -> Iterator[tuple[int, Values]]:
     """Each client of a record with its model after its local steps, float32 [n]; the space is left as it is.
 
@@ -47,14 +46,11 @@ def end_models(
     """
     start, device = space.values(), next((weight.device for weight in space.parameters), torch.device("cpu"))
     path = MasterSpace(torch.from_numpy(start.copy()).to(device), space.distribution)
-    steps, probes, _ = record.coefficients.shape
     for column, client in enumerate(record.owners):
         path.load(start)
-        drift = rule.drift(start, moments, client, lr=record.lr)
-        for t in range(steps):
-            keys = step_keys(
-                run_seed, round=record.round, step=t, probes=probes, owner=client, directions=record.directions
-            )
+        drift = optimizer.drift(start, moments, client, lr=record.lr)
+        for t in range(len(record.coefficients)):
+            keys = record.keys_of(run_seed, step=t, column=column)
             local_step(path, lr=record.lr, c=record.coefficients[t, :, column], keys=keys, drift=drift)
         yield client, path.values()
 
@@ -110,15 +106,15 @@ class FedDynConfig(ServerOptimizerConfig):
 
     alpha: float = 0.0
     """Weight of the proximal term in local steps. 0 = 0.5 / (lr T), with the lr of the round. A gradient that all
-    clients share moves theta by gradient / alpha a round, with other server optimizers by gradient times lr T. A
-    smaller alpha makes longer steps. A schedule shortens them only where alpha is 0."""
+    clients share moves theta by gradient / alpha a round, with ``sgd`` by gradient times lr T. A smaller alpha makes
+    longer steps. A schedule shortens them only where alpha is 0."""
 
     @property
     def traits(self) -> ServerOptimizerTraits:
         return ServerOptimizerTraits(keeps_moments=True, walks_clients=True)
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
-        lr = run.trainer.lr if self.lr is None else self.lr
+        lr = self.lr_in(run)
         pull = FedDyn(self.alpha, run.fl.local_steps).pull(lr)
         if not (pull >= 2.0**-126 and lr * pull < 1):
             rule = "be >= 0 and make server_optimizer.lr * alpha less than 1, or a step overshoots the round's start"
@@ -140,7 +136,7 @@ class FedDyn:
     local_steps: int
 
     def pull(self, lr: float) -> float:
-        """``alpha``, or what 0 stands for: a step is then twice as long as that of the other rules, in every round."""
+        """``alpha``, or what 0 stands for: a step is then twice as long as that of ``sgd``, in every round."""
         reach = lr * self.local_steps
         return self.alpha or (0.5 / reach if reach > 0 else 1.0)
 

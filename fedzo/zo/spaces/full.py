@@ -6,6 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from fedzo.system import consecutive
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.perturb import GROUPS_KEPT, PerturbedWeights
 from fedzo.zo.spaces.base import GraphLossFn, RowWeights, Values, as_values, differentiate
-from fedzo.zo.together import all_together, reading_order
+from fedzo.zo.tensor_group import all_together, reading_order
 
 _CHUNK = 1 << 20  # values that are widened to float32 at a time
 _READ_BYTES = 64 << 20  # that are read from the device at a time
@@ -62,14 +63,14 @@ class FullSpace:
         for name, parameter in trained.items():
             if not parameter.is_floating_point():
                 raise ConfigError(
-                    f"trainer=mezo trains every weight, but {name!r} is {parameter.dtype}. "
-                    "Load the model unquantised, or use trainer=meerkat."
+                    f"FullSpace: every trained weight must hold real numbers, but {name!r} is {parameter.dtype}. Leave "
+                    "it out of `parameters`, load the model unquantised, or train an adapter in its place."
                 )
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
         sizes = [parameter.numel() for parameter in self._parameters]
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self._size = sum(sizes)
+        *starts, size = accumulate(sizes, initial=0)
+        self._starts, self._size = starts, size
         self._all = all_together(self._parameters, self._starts)
         self._small, self._groups = reading_order(model, self._parameters, self._starts)
         self._marked: list[torch.Tensor] | None = None

@@ -108,7 +108,8 @@ def test_runs_are_alike_whatever_their_seed_and_what_the_script_varies(tmp_path:
 
     def settings(changed: dict[str, Any], *varied: str) -> Any:
         (tmp_path / "run.json").write_text(json.dumps(agreed | changed))
-        (tmp_path / "environment.json").write_text('{"threads": 1, "config_hash": "cd", "command": ["fedzo", "/me"]}')
+        own = {"run_id": "ab", "config_hash": "cd", "command": ["fedzo", "/me"]}
+        (tmp_path / "environment.json").write_text(json.dumps({"threads": 1, **own}))
         told = ran_with(tmp_path, *varied)
         assert {**told, "settings": ""} == {"threads": 1, "settings": ""}
         return told["settings"]

@@ -60,7 +60,7 @@ class _Table:
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """What the commands asked of the services, in order; the working folder is ``tmp_path``."""
     made: Calls = []
-    names = ("train", "trained", "mask", "doctor", "client_path")
+    names = ("train", "replay", "evaluate", "generate", "export", "mask", "doctor")
     modules = {name: ModuleType(f"fedzo.commands.{name}") for name in names}
     modules |= {name: ModuleType(f"fedzo.report.{name}") for name in ("html", "sweep")}
 
@@ -89,17 +89,17 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         ("train", "start_or_resume_run"): start_run,
         ("train", "resume_run"): note("resume"),
         ("train", "dev_objective"): lambda folder: 0.5,
-        ("trained", "replay_run"): note("replay", {"rounds": 3, "digest": "ab"}),
-        ("trained", "export_run"): note("export", Path("out")),
-        ("trained", "evaluate_run"): note("evaluate", {"value": 0.75}),
-        ("trained", "generate_run"): note("generate", ["one", "two"]),
+        ("replay", "replay_run"): note("replay", {"rounds": 3, "digest": "ab"}),
+        ("export", "export_run"): note("export", Path("out")),
+        ("evaluate", "evaluate_run"): note("evaluate", {"value": 0.75}),
+        ("generate", "generate_run"): note("generate", ["one", "two"]),
         ("mask", "make_mask"): note("mask", {"size": 7}),
         ("doctor", "doctor"): note("doctor", [("python", True, "3.11"), ("directions", False, "differs")]),
         ("html", "write_report"): note("report", Path("report.html")),
         ("sweep", "write_sweep_report"): note("sweep report", Path("report.html")),
         ("sweep", "write_comparison"): note("comparison", Path("report.html")),
         ("sweep", "unfinished_jobs"): lambda folder: [],
-        ("client_path", "replay_client"): note("replay client", _Table()),
+        ("replay", "replay_client"): note("replay client", _Table()),
     }
     for (room, name), service in services.items():
         setattr(modules[room], name, service)

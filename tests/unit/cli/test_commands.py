@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ from fedzo.cli import main, make_parser
 from fedzo.errors import ConfigError, ProtocolError
 
 Calls = list[tuple[object, ...]]
+ELSEWHERE = {
+    "resume": "fedzo.commands.train",
+    "stop": "fedzo.commands.status",
+    "report": "fedzo.report.html",
+    "list": "fedzo.config.plugins",
+    "bench": "fedzo.bench.step",
+}
+"""Where the code of a command is that has no module of its name in ``fedzo.commands``."""
 
 
 @pytest.mark.parametrize(
@@ -167,7 +176,7 @@ def test_an_error_of_a_service_is_one_line_and_an_exit_code(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.trained"], "replay_run", fail)
+    monkeypatch.setattr(sys.modules["fedzo.commands.replay"], "replay_run", fail)
 
     assert main(["replay", "."]) == code
     assert capsys.readouterr().err == f"fedzo: {error}\n"
@@ -181,7 +190,7 @@ def test_an_error_keeps_its_lines_and_shows_no_escapes(
     def fail(*arguments: object, **options: object) -> None:
         raise ConfigError("2 problems in the configuration:\n  - a\x1b]52;c;ZWNobw==\x07\n  - b")
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.trained"], "replay_run", fail)
+    monkeypatch.setattr(sys.modules["fedzo.commands.replay"], "replay_run", fail)
 
     assert main(["replay", "."]) == 2
     assert capsys.readouterr().err == "fedzo: 2 problems in the configuration:\n  - a ]52;c;ZWNobw== \n  - b\n"
@@ -200,7 +209,7 @@ def test_memory_that_does_not_suffice_is_one_line(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.trained"], "replay_run", fail)
+    monkeypatch.setattr(sys.modules["fedzo.commands.replay"], "replay_run", fail)
 
     assert main(["replay", "."]) == 1
     remedy = "Free some, lower model.tokens_per_batch, or write model.dtype=bfloat16."
@@ -213,7 +222,7 @@ def test_an_import_that_fails_for_a_package_of_another_version_names_the_package
     def fail(*arguments: object, **options: object) -> None:
         raise ImportError("cannot import name 'New' from 'transformers'")
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.trained"], "replay_run", fail)
+    monkeypatch.setattr(sys.modules["fedzo.commands.replay"], "replay_run", fail)
     monkeypatch.setattr("fedzo.cli.package_problems", lambda: {"transformers": "it must be newer"})
     assert main(["replay", "."]) == 2
     told = "fedzo replay: cannot import name 'New' from 'transformers'\ntransformers: it must be newer\n"
@@ -240,7 +249,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    module = "fedzo.commands.train" if command == "resume" else "fedzo.commands.trained"
+    module = "fedzo.commands.train" if command == "resume" else "fedzo.commands.replay"
     monkeypatch.setattr(sys.modules[module], f"{command}_run", stop)
 
     assert main([command, run]) == 130
@@ -313,6 +322,13 @@ def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str
     ]
     assert {*names} <= {line.split()[0] for line in printed.splitlines() if re.match(r" {4}\S", line)}
     assert printed == make_parser().format_help()
+
+
+def test_the_code_of_each_command_is_in_the_module_of_its_name() -> None:
+    commands = re.findall(r"^ {4}(\S+)", make_parser().format_help(), re.MULTILINE)
+
+    assert {name for name in commands if find_spec(f"fedzo.commands.{name}") is None} == {*ELSEWHERE}
+    assert [module for module in ELSEWHERE.values() if find_spec(module) is None] == []
 
 
 def test_the_usage_of_generate_names_all_that_belongs_to_a_model_of_ones_own(

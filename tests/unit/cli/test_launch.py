@@ -1,6 +1,10 @@
+"""How a run is handed to each runtime, and what it goes on with: by what a runtime that starts nothing was given."""
+
 from __future__ import annotations
 
+import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +13,8 @@ from typing import Any
 import pytest
 
 import fedzo.runtime.inline
-from fedzo.commands.train import _with_absolute_paths, launch, start_run
+from fedzo.commands.run_folder import keep_environment
+from fedzo.commands.train import _with_absolute_paths, launch, serve_run, start_run
 from fedzo.config.schema import LaunchConfig, RunConfig
 from fedzo.config.travel import to_json
 from fedzo.errors import ConfigError, RunFolderError
@@ -33,7 +38,7 @@ def test_inline_runs_the_installed_apps_with_text_and_folder(
     monkeypatch.setattr(fedzo.runtime.inline, "run_inline", lambda *args, **kwargs: calls.append((args, kwargs)))
 
     config = LaunchConfig(fl=FlConfig(num_clients=5), runtime=InlineConfig(batch_clients=batch_clients))
-    launch(config, opened(config), tmp_path, site_file=tmp_path / "site.json")
+    launch(config, opened(config), tmp_path)
 
     run_config = {"config": to_json(agreed(config)), "run-dir": str(tmp_path)}
     ahead = look_ahead if batch_clients else None
@@ -52,6 +57,22 @@ def test_a_server_in_a_process_of_its_own_is_told_the_folder_alone(
     assert calls == [{"num_clients": 5, "run_dir": tmp_path, "config": config}]
 
 
+@pytest.mark.parametrize(("runtime", "startup_s"), [(LocalConfig(startup_s=600.0), 600.0), (RemoteConfig(), 120.0)])
+def test_a_server_waits_for_its_superlink_as_long_as_the_runtime_says(
+    runtime: RuntimeConfig, startup_s: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr("fedzo.commands.train.read_launch", lambda run_dir: LaunchConfig(runtime=runtime))
+    monkeypatch.setattr("fedzo.commands.train._opened", lambda config, store: nullcontext(opened(config)))
+    monkeypatch.setattr("fedzo.runtime.net.serve.serve", lambda app, **given: calls.append(given))
+    for name in ("run", "server"):
+        (tmp_path / name).mkdir()
+
+    serve_run(tmp_path / "run", tmp_path / "server")
+
+    assert [given["startup_s"] for given in calls] == [startup_s]
+
+
 def test_processes_that_start_meanwhile_find_the_site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found: list[str | None] = []
     monkeypatch.setattr(
@@ -59,7 +80,7 @@ def test_processes_that_start_meanwhile_find_the_site(monkeypatch: pytest.Monkey
     )
     monkeypatch.delenv("FEDZO_SITE", raising=False)
 
-    launch(LaunchConfig(), opened(LaunchConfig()), tmp_path, site_file=tmp_path / "site.json")
+    launch(LaunchConfig(), opened(LaunchConfig()), tmp_path)
 
     assert [*found, os.environ.get("FEDZO_SITE")] == [str(tmp_path / "site.json"), None]
 
@@ -99,7 +120,7 @@ def test_unknown_runtime_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     config = LaunchConfig(runtime=RuntimeConfig())
 
     with pytest.raises(ConfigError, match=r"runtime: .* Registered: inline, local, ray"):
-        launch(config, opened(config), tmp_path, site_file=tmp_path / "site.json")
+        launch(config, opened(config), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "config.yaml", "run.json", "environment.json"])
@@ -111,6 +132,21 @@ def test_a_run_leaves_a_folder_with_files_that_no_run_made(tmp_path: Path, name:
 
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_a_run_goes_on_with_is_compared_with_what_it_had_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def keep(threads: int, *, round: int) -> None:
+        keep_environment(tmp_path, {"fedzo": "a", "threads": threads, "packages": {"torch": "2"}}, round=round)
+
+    for round, threads in enumerate([1, 2, 2, 1]):
+        keep(threads, round=round)
+
+    kept = json.loads((tmp_path / "environment.json").read_text())
+    assert kept.pop("later") == [{"round": 1, "threads": 2}, {"round": 3, "threads": 1}]
+    assert kept == {"fedzo": "a", "threads": 1, "packages": {"torch": "2"}}
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
 
 
 def agreed(config: LaunchConfig) -> RunConfig:

@@ -12,7 +12,8 @@ from typing import TextIO
 
 import pytest
 
-from fedzo.cli import forgiving_output, main, serve
+from fedzo.cli import main, serve
+from fedzo.cli.output import forgiving_output
 from fedzo.records.metrics import Setup
 from fedzo.report.sinks import ProgressSink
 from fedzo.runtime.net import server_process
@@ -121,7 +122,7 @@ def test_a_run_goes_on_whose_command_can_show_nothing_of_it(
 def test_a_command_goes_on_whose_terminal_is_gone(tmp_path: Path) -> None:
     """In a process of its own, both of whose streams are the terminal."""
     code = (
-        "import sys; from pathlib import Path; from fedzo.cli import forgiving_output\n"
+        "import sys; from pathlib import Path; from fedzo.cli.output import forgiving_output\n"
         "with forgiving_output() as output:\n"
         "    sys.stdin.readline()\n"
         "    print('nobody', flush=True); print('nobody', flush=True)\n"

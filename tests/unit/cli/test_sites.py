@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from fedzo.cli import BAD_INPUT, RUN_FAILED, main
+from fedzo.cli import BAD_INPUT, INTERRUPTED, RUN_FAILED, main
 from fedzo.commands.client import up
 from fedzo.commands.doctor import doctor, folder_checks
 from fedzo.config.schema import LaunchConfig, filled
@@ -39,7 +39,8 @@ from fedzo.records.metrics import Round
 from fedzo.records.presence import ClientPresence, Presence
 from fedzo.runtime.net._flower_control import _told
 from fedzo.runtime.net.client_folder import ClientFolder, read_invitation
-from fedzo.runtime.net.credentials import read_certificate
+from fedzo.runtime.net.credentials import make_key, read_certificate
+from fedzo.runtime.net.key_registry import KeyRegistry
 from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
@@ -78,7 +79,7 @@ def test_a_client_is_added_by_invitation_and_again_without_harm(server: Path, tm
 
     invitation = server / "invitations" / "hospital.json"
     assert main(["client", "init", str(tmp_path / "site"), "--invitation", str(invitation)]) == 0
-    (client,) = ServerFolder(server).clients
+    (client,) = ServerFolder(server).registry.clients
     site = ClientFolder(tmp_path / "site")
     site.check()
     assert (client.index, client.key) == (2, site.public_key)
@@ -98,14 +99,14 @@ def test_an_invitation_that_cannot_be_written_leaves_no_key_that_nobody_has(
     with monkeypatch.context() as patch:
         patch.setattr("fedzo.commands.server.write_invitation", full)
         assert main(command) != 0
-    assert ServerFolder(server).clients == []
+    assert ServerFolder(server).registry.clients == []
     with monkeypatch.context() as patch:
-        patch.setattr(ServerFolder, "_write_clients", full)
+        patch.setattr(KeyRegistry, "_write", full)
         assert main(command) != 0
     assert not list((server / "invitations").iterdir())
 
     assert main(command) == 0
-    (client,) = ServerFolder(server).clients
+    (client,) = ServerFolder(server).registry.clients
     site = ClientFolder.make(
         tmp_path / "site", address="h:1", site="", invitation=read_invitation(server / "invitations" / "hospital.json")
     )
@@ -123,7 +124,57 @@ def test_an_invitation_that_cannot_be_written_leaves_no_key_that_nobody_has(
 def test_a_key_that_cannot_be_read_is_named(server: Path, key: str, says: str, capsys: Capture) -> None:
     assert main(["server", "add-client", "a", "--key", key, "--dir", str(server)]) == BAD_INPUT
     assert says in capsys.readouterr().err
-    assert ServerFolder(server).clients == []
+    assert ServerFolder(server).registry.clients == []
+
+
+def test_a_client_moves_to_the_index_of_one_that_has_left_while_no_run_is_served(
+    server: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    keys = [make_key(tmp_path / f"h{index}") for index in range(3)]
+
+    def add(index: int, *, of: int) -> int:
+        command = ["server", "add-client", f"h{of}", "--index", str(index), "--key", keys[of], "--dir", str(server)]
+        return main(command)
+
+    assert [add(index, of=index) for index in range(3)] == [0, 0, 0]
+    assert main(["server", "remove-client", "h1", "--dir", str(server)]) == 0
+    with ServerFolder(server).serving("/runs/one"):
+        assert add(1, of=2) == BAD_INPUT
+    assert "client h2: it must keep its index 2 while a run is served" in capsys.readouterr().err
+
+    assert add(1, of=2) == 0
+
+    assert "client 1: h2, key SHA256:" in capsys.readouterr().out
+    clients = ServerFolder(server).registry.clients
+    assert [(client.index, client.name, client.key) for client in clients] == [(0, "h0", keys[0]), (1, "h2", keys[2])]
+
+
+def test_what_root_changes_in_a_servers_folder_stays_the_services(
+    server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ``sudo``: a SuperLink that cannot read the registry any more would go on with the one before."""
+    main(["server", "add-client", "a", "--dir", str(server)])
+    is_root, give = os.geteuid() == 0, os.fchown
+    if is_root:
+        for path in (server, *server.rglob("*")):
+            os.chown(path, 1001, 1002)
+    owner = server.stat().st_uid, server.stat().st_gid
+    given: list[tuple[int, ...]] = []
+
+    def gives(opened: int, *to: int) -> None:
+        given.append(to)
+        if is_root:
+            give(opened, *to)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", gives)
+    for command, written in ((["remove-client", "a"], 1), (["renew"], 1), (["add-client", "b"], 3)):
+        given.clear()
+        assert main(["server", *command, "--dir", str(server)]) == 0
+        assert given == [owner] * written  # registry; certificate; key, invitation and registry
+    given.clear()
+    with ServerFolder(server).serving("/runs/one"):
+        assert given == [owner]
 
 
 def test_a_file_with_a_key_may_have_a_blank_in_its_name(server: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -132,7 +183,7 @@ def test_a_file_with_a_key_may_have_a_blank_in_its_name(server: Path, tmp_path: 
     key = tmp_path / "my site" / "key.pub"
 
     assert main(["server", "add-client", "a", "--key", str(key), "--dir", str(server)]) == 0
-    (client,) = ServerFolder(server).clients
+    (client,) = ServerFolder(server).registry.clients
     assert key.read_text().startswith(client.key)
 
 
@@ -154,10 +205,14 @@ def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp
         (["client", "init", "site"], "--server must be given, or --invitation FILE"),
         (["client", "init", "site", "--server", "nowhere"], "an address must be HOST:PORT"),
         (["server", "remove-client", "x"], "it must hold what `fedzo server init` writes"),
-        (["status", "."], "it must be a server's folder or a run's, but is neither"),
+        (["status", "."], "it must be a server's folder, a site's or a run's, but is none"),
         (["doctor", "."], "it must be a server's folder or a site's, but is neither"),
         (["client", "init", "site", "--server", "h:1", "--ca", "none.crt"], "none.crt: there is no such file"),
         (["client", "init", "site", "--invitation", "none.json"], "invitation none.json: it must be a readable file"),
+        (
+            ["client", "init", "site", "--invitation", "file", "--ca", "file"],
+            "--ca must not be given beside --invitation",
+        ),
         (["server", "init", "file/server"], "it must be readable and writable, got 'Not a directory'"),
         (["server", "init", "s", "--host", "m\u00fcnchen.de"], "--host must be a host name or an IP address, got 'm"),
         (["server", "init", "s", "--host", ""], "--host must be a host name or an IP address, got ''"),
@@ -221,7 +276,7 @@ def test_a_site_is_up_once(server: Path, tmp_path: Path, capsys: Capture) -> Non
 def test_status_of_a_folder_without_settings_says_so(settings: str, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "config.json").write_text(settings)
 
-    assert main(["status", str(tmp_path)]) == 0
+    assert main(["status", str(tmp_path)]) == RUN_FAILED
     assert f"not begun ({tmp_path / 'config.json'}: it must hold the settings of a run" in capsys.readouterr().out
 
 
@@ -231,10 +286,10 @@ def test_status_tells_of_a_link_in_a_run_folder(name: str, run: Path, tmp_path: 
     outside = (run / name).rename(tmp_path / "outside")
     (run / name).symlink_to(outside)
 
-    assert main(["status", str(run)]) == 0
+    assert main(["status", str(run)]) == RUN_FAILED
 
     said = capsys.readouterr().out
-    assert f"not begun ({run / name}: it must lie in the run folder itself, got a link to {outside}" in said
+    assert f"not begun ({run / name}: it must lie in its folder itself, got a link to {outside}" in said
 
 
 def test_status_stop_and_init_need_no_library_that_takes_seconds_to_import() -> None:
@@ -312,7 +367,7 @@ def test_status_of_a_run_that_has_died_says_why_and_calls_nobody_ready(run: Path
     outcome = {"error": "FederationError", "text": "round 2: too few replies\n\x1b[2J(client 0: not connected)"}
     (run / "logs" / "outcome.json").write_text(json.dumps(outcome))
 
-    assert main(["status", str(run)]) == 0
+    assert main(["status", str(run)]) == RUN_FAILED
 
     assert capsys.readouterr().out.splitlines() == [
         f"run {run}: 2 of 3 rounds, last round 0.5 s, not running",
@@ -324,13 +379,32 @@ def test_status_of_a_run_that_has_died_says_why_and_calls_nobody_ready(run: Path
     ]
 
 
+def test_status_of_a_run_that_somebody_has_resumed_does_not_tell_how_it_ended_before(
+    server: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Who resumes it has the folder first; its server removes the word of the earlier end only as it starts."""
+    monkeypatch.setattr("fedzo.commands.status._nodes", lambda folder: {})
+    monkeypatch.setattr("fedzo.commands.status.accepts", lambda address: True)
+    (run / "logs" / "outcome.json").write_text(json.dumps({"error": "FederationError", "text": "too few replies"}))
+    with ServerFolder(server).serving(str(run)):
+        pass
+
+    for path in (run, server):
+        capsys.readouterr()
+        with folder_of_one_process(run):
+            assert main(["status", str(path)]) == 0
+        assert "ended" not in capsys.readouterr().out
+        assert main(["status", str(path)]) == RUN_FAILED
+        assert "ended: too few replies" in capsys.readouterr().out
+
+
 def test_status_of_a_run_that_is_down_reads_the_end_of_its_logs_alone(run: Path, capsys: Capture) -> None:
     for name in ("public.jsonl", "metrics.jsonl"):
         (run / name).write_text("what nobody reads\n" + (run / name).read_text())
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "of a later version"}\n{"kind": "rou')
 
-    assert main(["status", str(run)]) == 0
+    assert main(["status", str(run)]) == RUN_FAILED
 
     assert capsys.readouterr().out.splitlines() == [
         f"run {run}: 2 of 3 rounds, last round 0.5 s, not running",
@@ -350,7 +424,8 @@ def test_status_of_a_run_that_may_go_on_says_so_and_shows_what_its_server_told(
 ) -> None:
     with ServerFolder(server).serving(str(run)):
         capsys.readouterr()
-        assert main(["status", str(run)]) == main(["status", str(server)]) == 0
+        assert main(["status", str(run)]) == 0
+        assert main(["status", str(server)]) == RUN_FAILED  # its SuperLink is down
 
     said = capsys.readouterr().out.splitlines()
     going = f"run {run}: 2 of 3 rounds, last round 0.5 s, perhaps running {NO_LOCKS}"
@@ -417,7 +492,7 @@ def test_status_of_a_server_that_serves_no_run_says_how_the_last_one_ended(
         pass
     capsys.readouterr()
 
-    assert main(["status", str(server)]) == 0
+    assert main(["status", str(server)]) == RUN_FAILED
 
     said = capsys.readouterr().out.splitlines()
     assert said[1:4] == [
@@ -426,8 +501,41 @@ def test_status_of_a_server_that_serves_no_run_says_how_the_last_one_ended(
         "ended: too few replies",
     ]
     shutil.rmtree(run)
-    assert main(["status", str(server)]) == 0
+    assert main(["status", str(server)]) == RUN_FAILED  # its SuperLink is down
     assert "last run" not in capsys.readouterr().out
+
+
+def test_status_exits_with_1_where_a_server_or_its_run_needs_somebody(
+    server: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def code() -> int:
+        return main(["status", str(server)])
+
+    monkeypatch.setattr("fedzo.commands.status._nodes", lambda folder: {})
+    assert code() == RUN_FAILED  # its SuperLink is down
+    monkeypatch.setattr("fedzo.commands.status.accepts", lambda address: True)
+    assert code() == 0
+    main(["server", "renew", "--dir", str(server), "--days", "5"])
+    capsys.readouterr()
+    assert code() == RUN_FAILED
+    first = f"SuperLink up, certificate valid for 5 days. `fedzo server renew --dir {server}`\n"
+    assert capsys.readouterr().out.partition(": ")[2].startswith(first)
+    main(["server", "renew", "--dir", str(server), "--days", "90"])
+
+    with ServerFolder(server).serving(str(run)), (run / "public.jsonl").open() as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert code() == main(["status", str(run)]) == 0
+        (run / "config.json").rename(run / "config")
+        assert code() == RUN_FAILED  # nobody can say what it is
+        (run / "config").rename(run / "config.json")
+    assert code() == main(["status", str(run)]) == RUN_FAILED  # it was killed, as where its machine went down
+    with folder_of_one_process(run):  # whoever has just resumed it
+        assert code() == main(["status", str(run)]) == 0
+    settings = (run / "config.json").read_text()
+    (run / "config.json").write_text(settings.replace('"rounds": 3', '"rounds": 2'))
+    assert code() == main(["status", str(run)]) == 0
+    (run / "logs" / "outcome.json").write_text(json.dumps({"error": "FederationError", "text": "no score"}))
+    assert code() == main(["status", str(run)]) == RUN_FAILED
 
 
 def test_a_run_that_nobody_runs_is_not_stopped(tmp_path: Path, capsys: Capture) -> None:
@@ -519,6 +627,42 @@ def test_a_server_is_up_once_and_the_second_start_removes_nothing(server: Path, 
     assert (server / "superlink.db").read_text() == "of the first, which does not listen yet"
 
 
+def test_a_link_in_a_servers_folder_is_not_followed_and_is_called_by_no_other_folder(
+    server: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (server / "invitations").symlink_to(outside)
+    (server / "up.lock").symlink_to(outside / "file")
+    for name, command in (("invitations", ["add-client", "a", "--dir"]), ("up.lock", ["up"])):
+        capsys.readouterr()
+        assert main(["server", *command, str(server)]) == RUN_FAILED
+        said = capsys.readouterr().err
+        assert f"{server / name}: it must lie in its folder itself, got a link to {outside}" in said
+        assert "run folder" not in said
+
+    assert list(outside.iterdir()) == []
+    assert ServerFolder(server).registry.clients == []
+
+
+def test_invitations_that_only_their_owner_can_close_are_told_of(
+    server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def refused(self: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    room = server / "invitations"
+    room.mkdir()
+    room.chmod(0o755)
+    monkeypatch.setattr(Path, "chmod", refused)
+    capsys.readouterr()
+
+    assert main(["server", "add-client", "a", "--dir", str(server)]) == 0
+
+    told = capsys.readouterr().out.splitlines()[0]
+    assert told == f"{room}: others may read it, and only its owner can close it: chmod 700 {room}"
+
+
 def test_a_superlink_that_does_not_answer_is_told_its_clients_at_the_next_look(
     server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -533,7 +677,7 @@ def test_a_superlink_that_does_not_answer_is_told_its_clients_at_the_next_look(
     stand_ins = {"start_superlink": lambda *_, **__: None, "wait_for_superlink": lambda *_, **__: None}
     monkeypatch.setattr("fedzo.commands.server.LOOK_S", 0.0)
     for name, stand_in in {**stand_ins, "register_clients": register}.items():
-        monkeypatch.setattr(f"fedzo.runtime.net.parts.{name}", stand_in)
+        monkeypatch.setattr(f"fedzo.runtime.net.launch.{name}", stand_in)
 
     assert main(["server", "up", str(server)]) == 0
     assert len(asked) == 3
@@ -548,6 +692,7 @@ def test_services_are_filled_in_for_this_folder_and_python(name: str, tmp_path: 
 
     for file, words in (
         (server / "fedzo-server.service", ["server", "up", str(server)]),
+        (server / "fedzo-run@.service", ["resume", "%f"]),  # the path that stands behind the @ of the unit
         (site / "fedzo-client.service", ["client", "up", str(site)]),
     ):
         unit = configparser.RawConfigParser()
@@ -560,6 +705,29 @@ def test_services_are_filled_in_for_this_folder_and_python(name: str, tmp_path: 
     told = ["bash", "-c", script.replace("exec ", "printf '%s\\n' ")]
     started = subprocess.run(told, check=True, capture_output=True, text=True).stdout.splitlines()
     assert started == [sys.executable, "-P", "-m", "fedzo", "client", "up", str(site)]
+
+
+def test_the_unit_of_a_run_begins_it_again_after_an_error_and_not_after_a_stop(server: Path) -> None:
+    unit = configparser.RawConfigParser()
+    unit.read(server / "fedzo-run@.service")
+
+    assert (unit["Service"]["Restart"], unit["Service"]["SuccessExitStatus"]) == ("on-failure", str(INTERRUPTED))
+    assert "fedzo-server.service" in unit["Unit"]["After"].split()  # at a shutdown the run ends first
+    assert unit["Service"]["CacheDirectory"] == "%p"  # one for all runs: a path's escapes are no name of a folder
+    assert unit["Service"]["Environment"] == "NUMBA_CACHE_DIR=%C/%p FEDZO_CACHE=%C/%p/models"
+
+
+def test_a_container_of_a_site_is_healthy_while_the_site_is_up(server: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    main(["client", "init", str(site), "--server", "h:1", "--ca", str(server / "ca.crt")])
+    check = yaml.safe_load((site / "compose.yaml").read_text())["services"]["client"]["healthcheck"]
+    how, program, *words = check["test"]
+    command = [str(site) if word == "/fedzo" else word for word in words]
+
+    assert (how, program) == ("CMD", "fedzo")
+    assert main(command) == RUN_FAILED
+    with folder_of_one_process(site):
+        assert main(command) == 0
 
 
 @pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 1000"), OSError("No username set")])
@@ -726,6 +894,29 @@ def test_doctor_reads_rows_and_model_of_a_site(server: Path, tmp_path: Path, mon
     assert "1.0 kB are free. Free some" in bad(site)["memory"]
 
 
+def test_doctor_loads_no_second_model_where_a_site_is_up(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    main(["client", "init", str(site), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")])
+    save_tiny_model(site / "model", "llama")
+    (site / "rows.jsonl").write_text('{"text": "a", "label": 0}\n')
+    settings = {"device": "cpu", "data": {"path": "./rows.jsonl"}, "model": {"name": "./model"}}
+    (site / "site.yaml").write_text(json.dumps(settings))
+    down = {name for name, *_ in folder_checks(site)}
+    monkeypatch.setattr("fedzo.commands.doctor.available_memory_bytes", lambda device: 0)  # its executor has it all
+
+    assert set(bad(site)) == {"server", "memory"}
+    with folder_of_one_process(site):
+        found = {name: (good, told) for name, good, told in folder_checks(site)}
+
+    assert [name for name, (good, _) in found.items() if not good] == ["server"]
+    assert found["rows"] == (True, "1 rows with text, label")
+    left_out, _, why = found["not checked"][1].partition(", for ")
+    assert set(left_out.replace(" and ", ", ").split(", ")) == {*down, "CUDA kernels"} - set(found)
+    assert why == f"the site is up and needs the memory: `fedzo status {site}`"
+
+
 @pytest.mark.parametrize(
     ("stored", "held", "good"),
     [(torch.bfloat16, "float32", False), (torch.float32, "bfloat16", True), (torch.bfloat16, "bfloat16", True)],
@@ -829,6 +1020,10 @@ def test_doctor_names_the_variable_that_no_proxy_is_at_fault_for(
 
     assert not found["proxy"][0]
     assert found["proxy"][1].startswith("NO_PROXY, no_proxy: ")
+
+
+def test_doctor_finds_this_machine_fit() -> None:
+    assert [name for name, good, _ in doctor() if not good] == []
 
 
 def test_doctor_compares_packages_with_what_fedzo_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ import pytest
 from fedzo.cli import main
 from fedzo.commands.client import up
 from fedzo.commands.doctor import folder_checks
+from fedzo.records.folder import folder_of_one_process
 from fedzo.runtime.net.client_folder import ClientFolder
 from fedzo.runtime.net.credentials import Certificate
-from fedzo.runtime.net.daemons import CONNECTED, HEARD, SILENT
+from fedzo.runtime.net.daemons import CONNECTED, HEARD, LATE, REFUSED, SILENT, STARTED
 from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import ServerFolder
 
@@ -34,9 +35,11 @@ def server(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def site(server: Path, tmp_path: Path) -> Path:
-    """The folder of a site whose server does not answer."""
+    """The folder of a site that has rows, and whose server does not answer."""
     init = ["client", "init", str(tmp_path / "site"), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")]
     assert main(init) == 0
+    (tmp_path / "site" / "rows").mkdir()
+    (tmp_path / "site" / "rows" / "train.jsonl").write_text('{"text": "fine", "label": 1}\n')
     return tmp_path / "site"
 
 
@@ -117,6 +120,94 @@ def test_a_site_says_once_that_its_server_is_silent_and_that_it_answers_again(sa
     ]
 
 
+def test_a_site_says_nothing_of_a_supernode_that_starts_until_it_has_connected(said: Callable[..., list[str]]) -> None:
+    once = f"{TIME} {STARTED}\n", f"{TIME} {CONNECTED} 17\n"
+
+    assert said(*once, *once) == ["connected to 127.0.0.1:9"] * 2
+
+
+def test_a_site_says_that_a_message_is_lost_and_why(said: Callable[..., list[str]]) -> None:
+    """The server waits for the reply as long as for a site that is slow."""
+    error = "\x1b[91mERROR \x1b[0m:    "
+
+    assert said(
+        f"{error} Failed to send message 3fa9: _ssl.c:989: The handshake operation timed out\n",
+        f"{error} Failed to receive message 77: Server error '500 Internal Server Error' for url 'https://h/x'\n",
+    ) == [
+        "a reply to the server is lost: _ssl.c:989: The handshake operation timed out",
+        "a request of the server is lost: Server error '500 Internal Server Error' for url 'https://h/x'",
+    ]
+
+
+def test_a_site_that_goes_up_without_rows_says_so_and_stays_up(site: Path, said: Callable[..., list[str]]) -> None:
+    """Rows may come before a run does; one that is there and cannot be read is for `fedzo doctor`."""
+    refused, rows = "a run that needs this site's rows will be refused: ", (site / "rows").resolve()
+
+    assert said() == []
+    (rows / "train.jsonl").rename(rows / "rows-of-3.jsonl")
+    told, *more = said("client 3: still here\n", log="site")
+    assert told.startswith(f"{refused}{rows}: must hold a file train.* (")
+    assert more == ["client 3: still here"]
+    (site / "site.yaml").write_text("data: {path: './rows/rows-of-{client}.jsonl'}\n")
+    assert said() == []
+    (rows / "rows-of-3.jsonl").unlink()
+    assert said() == [f"{refused}{rows}/rows-of-{{client}}.jsonl: there is no such file or folder. Check data.path."]
+    (site / "site.yaml").write_text("")
+    assert said() == [f"{refused}data.path of site.yaml must name their file"]
+
+
+@pytest.mark.parametrize(
+    ("written", "says", "code"),
+    [
+        ("", "connected or not: {logs}/supernode.log does not say", 0),  # it has just begun, or its log was cut
+        (f"{TIME} {CONNECTED} 17\n", "connected to 127.0.0.1:9", 0),
+        (f"{TIME} {CONNECTED} 17\n{TIME} {SILENT} (refused)\n", "127.0.0.1:9 does not answer (refused); retrying", 1),
+        (f"{TIME} {SILENT} (refused)\n{TIME} {HEARD}\n", "127.0.0.1:9 answers again", 0),
+        (f"{TIME} {CONNECTED} 17\n{TIME} {REFUSED}: its key\x1b[2J\n", "the server refused: its key [2J", 1),
+        (f"Failed to initialize the connection\n{EXPIRED}\nand more\n", f"cannot connect: {EXPIRED}", 1),
+        (f"{TIME} {CONNECTED} 17\n{TIME} {REFUSED}: {LATE}.\n", f"the server refused: {LATE}.", 0),
+        (f"{TIME} {STARTED}\n{TIME} {CONNECTED} 17\n", "connected to 127.0.0.1:9", 0),
+        # it ends again and again, of itself or since the server does not let it in
+        (f"{TIME} {CONNECTED} 17\n{TIME} {STARTED}\n", "connecting to 127.0.0.1:9", 1),
+        (f"{TIME} {STARTED}\n{TIME} {REFUSED}: its key\n{TIME} {STARTED}\n", "the server refused: its key", 1),
+    ],
+)
+def test_status_of_a_site_that_is_up_tells_of_its_connection_and_the_end_of_its_log(
+    site: Path, capsys: Capture, written: str, says: str, code: int
+) -> None:
+    logs = site / "logs"
+    (logs / "supernode.log").write_text(f"\x1b[92mINFO \x1b[0m: one\n{written}\x1b[92mINFO \x1b[0m: another\n")
+    (logs / "site.log").write_text("".join(f"line {number}\x1b]52;c\x07\n" for number in range(9)))
+    capsys.readouterr()
+
+    with folder_of_one_process(site):
+        assert main(["status", str(site)]) == code
+
+    first, connection, *rest = capsys.readouterr().out.splitlines()
+    assert (first, connection) == ("site of 127.0.0.1:9: up", says.format(logs=logs))
+    assert rest == [f"the end of {logs / 'site.log'}:", *(f"line {number} ]52;c " for number in range(4, 9))]
+
+
+def test_status_of_a_site_that_is_down_is_no_word_of_an_earlier_start(site: Path, capsys: Capture) -> None:
+    (site / "logs" / "supernode.log").write_text(f"{TIME} {CONNECTED} 17\n")
+    capsys.readouterr()
+
+    assert main(["status", str(site)]) == 1
+    assert capsys.readouterr().out == "site of 127.0.0.1:9: down\n"
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_status_of_a_site_that_may_be_up_says_so(site: Path, capsys: Capture) -> None:
+    (site / "logs" / "supernode.log").write_text(f"{TIME} {CONNECTED} 17\n")
+    capsys.readouterr()
+
+    assert main(["status", str(site)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "site of 127.0.0.1:9: perhaps up (the file system has no locks)",
+        "connected to 127.0.0.1:9",
+    ]
+
+
 def test_a_site_that_goes_up_keeps_its_logs_to_itself(site: Path, said: Callable[..., list[str]]) -> None:
     (site / "logs").chmod(0o755)
     assert wrong(site)["logs"] == f"others may read them: chmod 700 {site / 'logs'}"
@@ -166,7 +257,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         stand_ins = {"start_superlink": lambda *_, **__: None, "wait_for_superlink": lambda *_, **__: None}
         monkeypatch.setattr("fedzo.commands.server.time.sleep", look)
         for name, stand_in in {**stand_ins, "register_clients": register}.items():
-            monkeypatch.setattr(f"fedzo.runtime.net.parts.{name}", stand_in)
+            monkeypatch.setattr(f"fedzo.runtime.net.launch.{name}", stand_in)
 
     return keep
 

@@ -774,9 +774,9 @@ def test_all_broken_rules_are_reported() -> None:
 def test_a_sites_rewriter_is_asked_for_the_rules_of_all_its_classes() -> None:
     """Here alone, whether the site is a file's or a command line's: who builds the rewriter asks no more."""
     run, url = sound(), "http://example.org/v1"
-    site = SiteFile(rewriter=OpenAICompatibleConfig(base_url=url, model="m", concurrency=0, most_calls=-1))
+    site = SiteFile(rewriter=OpenAICompatibleConfig(base_url=url, model="m", concurrency=0, budget_calls=-1))
 
-    broken = ["rewriter.most_calls", "rewriter.base_url", "rewriter.concurrency"]
+    broken = ["rewriter.budget_calls", "rewriter.base_url", "rewriter.concurrency"]
     assert [each.key for each in site_problems(site, run)] == broken
     run.rewriter = site.rewriter
     assert [each.key for each in launch_problems(run)] == broken

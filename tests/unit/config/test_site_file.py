@@ -60,9 +60,9 @@ def test_every_key_of_the_template_has_a_comment_above_it() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{most_steps: -1}", r"limits\.most_steps must be >= 0, got -1"),
-        ("{most_rows: -5}", r"limits\.most_rows must be >= 0, got -5"),
-        ("{most_probes: -2}", r"limits\.most_probes must be >= 0, got -2"),
+        ("{max_steps: -1}", r"limits\.max_steps must be >= 0, got -1"),
+        ("{max_rows: -5}", r"limits\.max_rows must be >= 0, got -5"),
+        ("{max_probes: -2}", r"limits\.max_probes must be >= 0, got -2"),
         ("{min_rows: -1}", r"limits\.min_rows must be >= 0, got -1"),
         ("{step_limit_s: 0}", r"limits\.step_limit_s must be > 0 and finite, got 0"),
         ("{min_rows: many}", r"limits\.min_rows must be int, got 'many'"),
@@ -74,7 +74,7 @@ def test_every_key_of_the_template_has_a_comment_above_it() -> None:
         ("{base_digest: abc}", r"limits\.base_digest must be a SHA-256 of 64 hexadecimal digits, got 'abc'"),
         ("{stages: [identity], answers: [stagse]}", r"limits\.answers must hold names of .*stages.* got 'stagse'"),
         ("{steps: 3}", r"limits must hold keys of SiteLimitsConfig only, got unknown \['steps'\]"),
-        ("{min_rows: -1, most_rows: -1}", r"limits\.most_rows must be >= 0.*limits\.min_rows must be >= 0"),
+        ("{min_rows: -1, max_rows: -1}", r"limits\.max_rows must be >= 0.*limits\.min_rows must be >= 0"),
     ],
 )
 def test_what_a_site_cannot_mean_is_refused_with_what_it_could(text: str, message: str, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_all_faults_of_a_site_file_are_told_each_on_a_line_of_its_own_with_its_r
     file = tmp_path / "site.yaml"
     file.write_text(
         "device: 3\nmin_rows: 5\ndata.path: rows\nmodel: [opt]\nrewriter: {plugin: nobody}\n"
-        "limits: {min_rows: many, most_row: 7, most_steps: -1, answers: loss, several_clients: 1}\n"
+        "limits: {min_rows: many, max_row: 7, max_steps: -1, answers: loss, several_clients: 1}\n"
     )
     plugins = ", ".join(sorted(plugin_classes()["rewriter"]))
 
@@ -104,11 +104,11 @@ def test_all_faults_of_a_site_file_are_told_each_on_a_line_of_its_own_with_its_r
         "model must be a mapping for ModelConfig, got ['opt']. Write its keys and their values.",
         f"rewriter.plugin must be one of {plugins} (or of an installed package that registers it), got 'nobody'. "
         "Choose one of these.",
-        "limits must hold keys of SiteLimitsConfig only, got unknown ['most_row']. Did you mean limits.most_rows?",
+        "limits must hold keys of SiteLimitsConfig only, got unknown ['max_row']. Did you mean limits.max_rows?",
         "limits.answers must be list[str], got 'loss'. Write a list, as in [one, two].",
         "limits.min_rows must be int, got 'many'. Write a whole number.",
         "limits.several_clients must be bool, got 1. Write true or false.",
-        "limits.most_steps must be >= 0, got -1. 0 means no limit.",
+        "limits.max_steps must be >= 0, got -1. 0 means no limit.",
     ]
 
 
@@ -148,11 +148,11 @@ def test_limits_are_no_setting_of_a_command_line() -> None:
     """A simulation has no limits against itself, and plays several clients."""
     assert "limits" not in {field.name for field in fields(LaunchConfig)}
     with pytest.raises(ConfigError, match="limits"):
-        load(["+limits.most_steps=1"])
+        load(["+limits.max_steps=1"])
 
     limits = load([]).site().limits
 
-    assert (limits.several_clients, limits.vectors, limits.most_probes) == (True, True, 0)
+    assert (limits.several_clients, limits.vectors, limits.max_probes) == (True, True, 0)
 
 
 def test_a_site_that_does_without_a_compiler_leaves_the_command_line_as_it_is() -> None:
@@ -168,26 +168,26 @@ def test_a_site_that_does_without_a_compiler_leaves_the_command_line_as_it_is() 
 def test_a_site_names_its_rewriter_by_the_keys_that_differ_from_the_defaults(tmp_path: Path) -> None:
     """Where its files lie is said from the site file's place."""
     file = tmp_path / "site.yaml"
-    file.write_text("rewriter: {plugin: none, most_calls: 7, store: ./kept, examples: ../shown.jsonl}\n")
+    file.write_text("rewriter: {plugin: none, budget_calls: 7, store: ./kept, examples: ../shown.jsonl}\n")
 
     rewriter = load_site(file).rewriter
 
-    assert (rewriter.most_calls, rewriter.max_tokens) == (7, 512)
+    assert (rewriter.budget_calls, rewriter.max_tokens) == (7, 512)
     assert (rewriter.store, rewriter.examples) == (str(tmp_path / "kept"), str(tmp_path.parent / "shown.jsonl"))
-    file.write_text("rewriter: {most_calls: 7}\n")
+    file.write_text("rewriter: {budget_calls: 7}\n")
     with pytest.raises(ConfigError, match=r"rewriter\.plugin must be one of .*none.*, got None"):
         load_site(file)
-    file.write_text("rewriter: {plugin: none, most_cals: 7}\n")
+    file.write_text("rewriter: {plugin: none, budget_cals: 7}\n")
     with pytest.raises(
-        ConfigError, match=r"rewriter must hold keys of NoRewriterConfig only, got unknown \['most_cals'"
+        ConfigError, match=r"rewriter must hold keys of NoRewriterConfig only, got unknown \['budget_cals'"
     ):
         load_site(file)
 
 
 def test_a_rewriter_is_the_sites_own(tmp_path: Path) -> None:
-    one, other = load([]), load(["rewriter=none", "rewriter.most_calls=9", "rewriter.store=here"])
+    one, other = load([]), load(["rewriter=none", "rewriter.budget_calls=9", "rewriter.store=here"])
 
-    assert other.site().rewriter.most_calls == 9
+    assert other.site().rewriter.budget_calls == 9
     assert is_same_run(one, other)
     assert "rewriter" not in {field.name for field in fields(RunConfig)}
     assert from_json(to_json(other), LaunchConfig) == other

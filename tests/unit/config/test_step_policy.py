@@ -11,7 +11,7 @@ import torch
 from fedzo.config.load import load
 from fedzo.config.rules import launch_problems
 from fedzo.config.schema import LaunchConfig
-from fedzo.config.traits import format_problems
+from fedzo.config.trait_rules import format_problems
 from fedzo.config.travel import from_json, to_json
 from fedzo.errors import ConfigError
 from fedzo.fl.server.step_policy.statistics import Statistic

@@ -77,10 +77,10 @@ def test_rows_do_not_influence_each_other() -> None:
 class CountingTokenizer(MergingTokenizer):
     """Remembers the most texts that it was given at once, and refuses one."""
 
-    most_texts = 0
+    max_texts = 0
 
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, Any]:
-        self.most_texts = max(self.most_texts, len(text))
+        self.max_texts = max(self.max_texts, len(text))
         if any("refused" in one for one in text):
             raise ValueError("not this one")
         return super().__call__(text, add_special_tokens=add_special_tokens, verbose=verbose)
@@ -93,7 +93,7 @@ def test_many_rows_are_tokenised_in_blocks_and_give_the_same_tokens(monkeypatch:
     monkeypatch.setattr("fedzo.data.encode._BLOCK_ROWS", 3)
 
     assert encode(rows, CHOICE, tokenizer=tokenizer, max_length=64) == whole
-    assert tokenizer.most_texts == 3 * (1 + len(CHOICE.candidates))
+    assert tokenizer.max_texts == 3 * (1 + len(CHOICE.candidates))
 
 
 @pytest.mark.parametrize(

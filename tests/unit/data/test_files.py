@@ -266,7 +266,7 @@ def test_a_cell_may_be_longer_than_the_limit_of_csv_but_not_without_end(
 
     assert before < len(long)
     assert read_rows(path)[1]["text"] == long
-    monkeypatch.setattr(files, "MOST_CELL_CHARS", 150_000)
+    monkeypatch.setattr(files, "MAX_CELL_CHARS", 150_000)
     with pytest.raises(ConfigError, match=r"a.csv:3: a field must have at most 150,000 characters, .*up to 200,0"):
         read_rows(path)
     assert csv.field_size_limit() == before

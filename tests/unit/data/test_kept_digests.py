@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import pytest
 from fedzo.data.kept_digests import KeptDigests, RowsChangedError
 from fedzo.errors import ConfigError
 
-RUN = "c" * 64
+RUN = "c" * 16
 ROWS: list[dict[str, Any]] = [{"text": f"row {n}", "label": n % 2} for n in range(30)]
 
 
 def register(folder: Path, rows: list[dict[str, Any]], *, begun: bool, whose: str = "client 3") -> str:
-    return KeptDigests(folder).register(rows, whose=whose, run=RUN, begun=begun)
+    return KeptDigests(folder, RUN).register(rows, whose=whose, begun=begun)
 
 
 def test_the_same_rows_give_the_same_digest_when_the_run_goes_on(tmp_path: Path) -> None:
@@ -98,18 +99,30 @@ def test_rows_and_index_are_remembered_also_where_the_file_system_knows_no_links
 
     assert register(tmp_path, ROWS, begun=True) == first
     assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
-    assert [KeptDigests(tmp_path).claim(client, run=RUN) for client in (3, 1)] == [3, 3]
+    assert [KeptDigests(tmp_path, RUN).claim(client) for client in (3, 1)] == [3, 3]
     assert list(tmp_path.glob("*.part")) == []
+
+
+def test_what_root_remembers_for_a_site_is_the_sites(tmp_path: Path, given_by_root: Callable[[], set[Path]]) -> None:
+    """Who could not read the secret would refuse every run."""
+    kept = KeptDigests(tmp_path / "new" / "rows", RUN)
+
+    kept.register(ROWS, whose="client 3", begun=False)
+    kept.claim(3)
+
+    assert given_by_root() == {*tmp_path.rglob("*")}
+    assert sorted(path.name for path in kept.folder.iterdir()) == [f"client-3-{RUN}.json", f"client-of-{RUN}", "secret"]
+    assert stat.S_IMODE((kept.folder / "secret").stat().st_mode) == 0o600
 
 
 def test_a_site_stays_the_client_of_a_run_that_it_was_first(tmp_path: Path) -> None:
     """Also for a process that starts later; another run has another index."""
-    assert KeptDigests(tmp_path / "rows").claim(3, run="a" * 64) == 3
-    assert KeptDigests(tmp_path / "rows").claim(1, run="a" * 64) == 3
-    assert KeptDigests(tmp_path / "rows").claim(1, run="b" * 64) == 1
+    assert KeptDigests(tmp_path / "rows", "a" * 16).claim(3) == 3
+    assert KeptDigests(tmp_path / "rows", "a" * 16).claim(1) == 3
+    assert KeptDigests(tmp_path / "rows", "b" * 16).claim(1) == 1
     (file,) = (tmp_path / "rows").glob(f"*{'a' * 16}")
 
     file.write_text("three")
 
     with pytest.raises(ConfigError, match=r"client-of-a{16}: the site's index in the run must be kept there"):
-        KeptDigests(tmp_path / "rows").claim(3, run="a" * 64)
+        KeptDigests(tmp_path / "rows", "a" * 16).claim(3)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.data.config import TaskConfig, TaskKind
-from fedzo.data.partition import PARTITIONERS, PartitionConfig, base, holdout, partition
+from fedzo.data.partition import PARTITIONERS, PartitionConfig, base, holdout, partition, partition_digest
 from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
 from fedzo.data.partition.plain import IidConfig, NaturalConfig
 from fedzo.errors import ConfigError, PluginError
@@ -335,6 +337,14 @@ def test_a_third_partys_partition_must_deal_every_row_once(
 
     with pytest.raises(PluginError, match=f"partition=theirs must give {rule}"):
         deal(TheirConfig(), num_clients=3, rows=ROWS[:6])
+
+
+def test_the_digest_of_a_partition_says_which_client_has_which_rows() -> None:
+    numbers = struct.pack("<8q", 2, 0, 3, 1, 1, 2, 2, 4)  # of each client how many rows, and which
+
+    assert partition_digest([[0, 3], [1], [2, 4]]) == hashlib.sha256(numbers).hexdigest()
+    assert partition_digest([[0, 3], [2, 4], [1]]) != partition_digest([[0, 3], [1], [2, 4]])
+    assert partition_digest([[0, 3], [1, 2], [4]]) != partition_digest([[0, 3], [1], [2, 4]])
 
 
 def test_an_unregistered_partition_lists_those_there_are() -> None:

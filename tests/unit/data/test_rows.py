@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
+from fedzo.data.partition import partition_digest
 from fedzo.data.partition.plain import IidConfig
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows, batch_rows, client_rows
 from fedzo.zo.directions import permutation
@@ -78,6 +79,18 @@ def test_the_first_held_out_rows_are_of_all_labels_however_a_file_is_sorted(of_i
     assert heldout == client_rows(source, 0, share=0.5, seed=0).heldout
 
 
+def test_a_digest_says_who_has_which_rows_of_one_set_and_nothing_of_files_of_ones_own(tmp_path: Path) -> None:
+    made = [{"text": f"row {number}", "label": 0} for number in range(20)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    task = TaskConfig(template="{text}", candidates=["a", "b"])
+    data, split = DataConfig(path=str(tmp_path)), SplitConfig(num_dev=0, num_test=0)
+    one, same, other = (SimulatedRows(data, split, task, IidConfig(), num_clients=3, seed=seed) for seed in (0, 0, 1))
+
+    assert one.partition_digest == same.partition_digest == partition_digest(one.parts)
+    assert other.partition_digest != one.partition_digest
+    assert OwnRows(str(tmp_path), task).partition_digest == ""
+
+
 def test_no_prompt_is_both_trained_on_and_held_out(tmp_path: Path) -> None:
     """Each row stands in the file twice, the second time beside another column."""
     made = [{"text": f"row {number % 40}", "label": 0, "site": number // 40} for number in range(80)]
@@ -88,3 +101,13 @@ def test_no_prompt_is_both_trained_on_and_held_out(tmp_path: Path) -> None:
 
     assert (len(found.train), len(found.heldout)) == (72, 8)
     assert not {row["text"] for row in found.train} & {row["text"] for row in found.heldout}
+
+
+def test_own_rows_may_lie_in_a_folder_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.jsonl").write_text('{"text": "x", "label": 0}\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    source = OwnRows("~/mine", TaskConfig(template="{text}", candidates=["a", "b"]))
+
+    assert source.rows_for(0) == [{"text": "x", "label": 0}]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedzo.data import sources
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
-from fedzo.data.sources import Splits, load_splits
+from fedzo.data.sources import Splits, load_splits, own_files
 from fedzo.errors import ConfigError
 
 TASK = TaskConfig(name="mine", template="{text} It was", candidates=[" bad", " good"])
@@ -372,3 +372,30 @@ def test_a_split_that_nobody_wants_is_not_read(content: str, folder: Path) -> No
     splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=0, num_test=0), TASK)
 
     assert (len(splits.train), splits.dev, splits.test) == (40, [], [])
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("{}/rows-[1].jsonl", ["rows-[1].jsonl"]),
+        ("{}/{{client}}.jsonl", ["0.jsonl", "1.jsonl", "rows-[1].jsonl"]),
+        ("{}/rows-[{{client}}{{client}}].jsonl", ["rows-[1].jsonl"]),
+        ("{}/sets/{{client}}", ["train.jsonl", "train.jsonl"]),
+    ],
+)
+def test_a_sites_files_are_found_whatever_a_name_holds(path: str, found: list[str], tmp_path: Path) -> None:
+    for name in ("0.jsonl", "1.jsonl", "rows-[1].jsonl", "sets/0/train.jsonl", "sets/1/train.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, rows(0, 1))
+
+    assert [file.name for file in own_files(path.format(tmp_path))] == found
+
+
+@pytest.mark.parametrize("path", ["", "/", "{client}{client}", "none/{client}.jsonl"])
+def test_a_path_that_names_no_file_of_a_site_is_refused(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ConfigError):
+        own_files(path)

@@ -136,7 +136,7 @@ def test_scores_to_merge_are_of_one_metric() -> None:
 def test_what_a_peer_sends_must_be_a_score_of_each_evaluator(evaluator: str, changes: dict[str, object]) -> None:
     def read(**changed: object) -> dict[str, Score]:
         text = json.dumps({**RIGHT, evaluator: {**RIGHT[evaluator], **changed}})
-        return scores_of_peer(text, EVALUATORS, TASK, most_examples=8)
+        return scores_of_peer(text, EVALUATORS, TASK, max_examples=8)
 
     good = read(loss=None)
 
@@ -148,11 +148,11 @@ def test_what_a_peer_sends_must_be_a_score_of_each_evaluator(evaluator: str, cha
 
 @pytest.mark.parametrize("text", ["[]", '{"answers": {}}', json.dumps({**RIGHT, "more": RIGHT["answers"]}), "nan"])
 def test_a_peer_sends_scores_of_the_evaluators_that_it_answers_and_of_no_other(text: str) -> None:
-    assert scores_of_peer("{}", EVALUATORS, TASK, most_examples=8) == {}  # a peer without rows
-    told = scores_of_peer(json.dumps({"lengths": RIGHT["lengths"]}), EVALUATORS, TASK, most_examples=8)
+    assert scores_of_peer("{}", EVALUATORS, TASK, max_examples=8) == {}  # a peer without rows
+    told = scores_of_peer(json.dumps({"lengths": RIGHT["lengths"]}), EVALUATORS, TASK, max_examples=8)
     assert list(told) == ["lengths"]
     with pytest.raises(ProtocolError, match="score"):
-        scores_of_peer(text, EVALUATORS, TASK, most_examples=8)
+        scores_of_peer(text, EVALUATORS, TASK, max_examples=8)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_number_of_a_peer_stays_within_its_range(number: float) -> None:
 
     def read(exact: float) -> dict[str, PartialScore]:
         score = Score("token_f1", 0.5, 0.7, 4, numbers={"exact_match": exact})
-        return scores_of_peer(json.dumps({"answers": encode(score)}), evaluators, task, most_examples=8)
+        return scores_of_peer(json.dumps({"answers": encode(score)}), evaluators, task, max_examples=8)
 
     assert [read(exact)["answers"].numbers for exact in (0.0, 1.0)] == [{"exact_match": 0.0}, {"exact_match": 1.0}]
     with pytest.raises(ProtocolError, match=f"a score of answers must have exact_match of 0 to 1, got {number}"):

@@ -112,6 +112,11 @@ def test_what_scripts_vary_on_purpose_are_settings_of_a_run() -> None:
             found = found[name]
 
 
+def test_scripts_take_what_a_run_was_made_with_from_the_one_place_that_leaves_out_what_is_its_own() -> None:
+    """Such as its name, or its command with the folders of a machine, which no claim tells."""
+    assert [str(path) for path in FOLDER.glob("**/*.py") if "environment.json" in path.read_text()] == []
+
+
 def test_runs_that_differ_in_what_a_script_varies_have_the_same_settings(tmp_path: Path) -> None:
     """Also in keys that follow from it: the trainer's learning rate is the server optimizer's, too."""
     base = BaseConfig(label="a", weights_digest="b" * 64, tokenizer_digest="c" * 64, architecture_digest="d" * 64)

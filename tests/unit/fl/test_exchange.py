@@ -50,6 +50,9 @@ class Carrier:
     def client_of(self, node: int) -> int:
         return node
 
+    def registered(self, clients: set[int]) -> set[int]:
+        return clients
+
     def wire_bytes(self) -> None: ...
 
     def push_messages(self, messages: list[Message]) -> list[str]:

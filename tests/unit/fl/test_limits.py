@@ -142,7 +142,7 @@ def test_values_in_place_of_the_log_must_have_been_asked_for() -> None:
 
 def test_the_sites_own_limits_hold_at_each_request() -> None:
     """Also against a server that never asked whether the site takes part."""
-    file = SiteFile(limits=SiteLimitsConfig(most_steps=4, most_rows=12), artifact_max_bytes=100)
+    file = SiteFile(limits=SiteLimitsConfig(max_steps=4, max_rows=12), artifact_max_bytes=100)
     site = replace(LIMITS, site=file)
 
     site.check_steps(replace(REQUEST, steps=3))
@@ -158,7 +158,7 @@ def test_the_sites_own_limits_hold_at_each_request() -> None:
 
 
 def test_a_site_is_one_client_of_a_run_and_no_other(tmp_path: Path) -> None:
-    site = replace(LIMITS, kept=KeptDigests(tmp_path), run_id="b" * 64)
+    site = replace(LIMITS, kept=KeptDigests(tmp_path, "b" * 16))
 
     site.check_client(1)
     site.check_client(1)
@@ -168,7 +168,7 @@ def test_a_site_is_one_client_of_a_run_and_no_other(tmp_path: Path) -> None:
         "the site is client 1 of this run, and client 2 is asked. If the server's list was wrong before, delete "
         f"{tmp_path}/client-of-{'b' * 16} and restart the site"
     )
-    replace(site, run_id="c" * 64).check_client(2)
+    replace(LIMITS, kept=KeptDigests(tmp_path, "c" * 16)).check_client(2)
 
 
 def test_a_client_that_the_run_does_not_have_is_nobody() -> None:

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.config.schema import RunSettings
 from fedzo.errors import RunFolderError
+from fedzo.evaluate import AnswersConfig
 from fedzo.fl import log_store
-from fedzo.fl.config import BestBy
+from fedzo.fl.config import BestBy, EvaluationConfig
 from fedzo.fl.log_store import RunLog, RunStore, best_round
 from fedzo.records.decode import encode, to_json
 from fedzo.records.folder import AUDIT, METRICS, PUBLIC
@@ -215,7 +217,7 @@ def test_a_log_that_is_a_link_a_pipe_or_another_folders_too_is_refused(tmp_path:
 
     (folder / PUBLIC).symlink_to(outside)
     for reader in (RunLog, RunStore):
-        with pytest.raises(RunFolderError, match=r"public\.jsonl: it must lie in the run folder itself, got a link to"):
+        with pytest.raises(RunFolderError, match=r"public\.jsonl: it must lie in its folder itself, got a link to"):
             reader(folder)
     (folder / PUBLIC).unlink()
     os.mkfifo(folder / PUBLIC)
@@ -431,8 +433,12 @@ def test_nan_becomes_null(tmp_path: Path) -> None:
 def test_the_best_round_is_that_of_the_best_dev_score(
     tmp_path: Path, by: BestBy, losses: list[float | None], best: int
 ) -> None:
+    def chosen(*evaluators: str) -> int:
+        named = dict.fromkeys(evaluators, AnswersConfig())
+        return best_round(store, RunSettings(evaluators=named, evaluation=EvaluationConfig(best_by=by)))
+
     store = open_with(tmp_path, 4)
-    assert best_round(store, by=by, evaluator="answers") == 4
+    assert chosen("answers", "errors") == 4
 
     for round, (value, loss) in enumerate(zip([0.5, 0.7, 0.7, 0.7, 0.6], losses, strict=True)):
         store.write(scored(round, value, loss))
@@ -440,9 +446,9 @@ def test_the_best_round_is_that_of_the_best_dev_score(
     for round, value in enumerate([9.0, 7.0, 5.0, 3.0, 3.0]):
         store.write(replace(scored(round, value, None), evaluator="errors", metric="errors", lower_is_better=True))
 
-    assert best_round(store, by=by, evaluator="answers") == best
-    assert best_round(store, by=by, evaluator="errors") == 3
-    assert best_round(store, by=by, evaluator=None) == 4  # nothing is scored
+    assert chosen("answers", "errors") == best
+    assert chosen("errors", "answers") == 3
+    assert chosen() == 4  # nothing is scored
     store.close()
 
 

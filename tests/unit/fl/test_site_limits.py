@@ -1,4 +1,4 @@
-"""What a site refuses by its own file, what leaves it, and the numbers that the server is told."""
+"""What a site refuses by its own file, what leaves it, and what the server is told: counts that a person can check."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ OF_VECTORS = replace(RUN, estimator=BackpropConfig())
 SCORE = Score(
     "accuracy", 0.75, 0.5, 8, per_class={0: (3, 3), 1: (3, 5)}, auc=0.9, numbers={"calibration": 0.125, "length": 7.0}
 )
+BOTH = {0: (12, 20), 1: (8, 20)}  # of 40 rows, right ones and all of each label
+ONE = {0: (20, 40)}
 
 
 def limits(**keys: Any) -> SiteLimitsConfig:
@@ -49,10 +51,6 @@ def limits(**keys: Any) -> SiteLimitsConfig:
 
 def join(site: SiteLimitsConfig, run: RunConfig = RUN) -> None:
     check_run(site, run, trainer="meerkat")
-
-
-def register(label_counts: dict[str, int] | None = None, *, min_rows: int) -> None:
-    check_rows(limits(min_rows=min_rows), num_train=8, label_counts=label_counts or {}, num_labels=2)
 
 
 def test_the_numbers_of_refusals_keep_their_meaning() -> None:
@@ -104,9 +102,9 @@ def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
         trainers=["meerkat"],
         stages=["rewrite", "identity", "other"],
         base_digest="b" * 64,
-        most_steps=5,
-        most_rows=10,
-        most_probes=2,
+        max_steps=5,
+        max_rows=10,
+        max_probes=2,
         answers=["label_counts"],
         min_rows=3,
     )
@@ -116,7 +114,7 @@ def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
 
 
 def test_vectors_leave_a_site_that_says_so_whatever_it_says_of_probes() -> None:
-    join(limits(vectors=True, most_probes=1), OF_VECTORS)
+    join(limits(vectors=True, max_probes=1), OF_VECTORS)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +123,8 @@ def test_vectors_leave_a_site_that_says_so_whatever_it_says_of_probes() -> None:
         (lambda: join(limits(tasks=["rte", "boolq"])), 11, "limits.tasks allows rte, boolq, .* has sst2"),
         (lambda: join(limits(trainers=["lora"])), 12, "limits.trainers allows lora, .* has meerkat"),
         (lambda: join(limits(stages=["identity"])), 13, "limits.stages allows identity, .* has rewrite"),
-        (lambda: join(limits(most_steps=4)), 14, "limits.most_steps is 4, and 5 are"),
-        (lambda: join(limits(most_rows=9)), 15, "most_rows is 9, and 5 steps of 2 rows"),
+        (lambda: join(limits(max_steps=4)), 14, "limits.max_steps is 4, and 5 are"),
+        (lambda: join(limits(max_rows=9)), 15, "max_rows is 9, and 5 steps of 2 rows"),
         (lambda: join(limits(base_digest="a" * 64)), 16, "limits.base_digest is a{64}, .* has b{64}"),
         (lambda: check_base(limits(base_digest="a" * 64), "c", whose="model m"), 16, "and model m has c"),
         (
@@ -142,7 +140,7 @@ def test_vectors_leave_a_site_that_says_so_whatever_it_says_of_probes() -> None:
         (lambda: join(limits(answers=["loss"])), 19, "limits.answers lacks label_counts"),
         (lambda: join(limits(answers=["none"])), 19, "limits.answers lacks label_counts"),
         (lambda: join(limits(), OF_VECTORS), 22, "limits.vectors is false, .* send update vectors"),
-        (lambda: join(limits(most_probes=1)), 23, "limits.most_probes is 1, and 2 are asked"),
+        (lambda: join(limits(max_probes=1)), 23, "limits.max_probes is 1, and 2 are asked"),
     ],
 )
 def test_each_limit_has_its_number_and_only_the_site_learns_more(
@@ -234,3 +232,62 @@ def test_where_none_leaves_no_number_of_that_name_does() -> None:
 
     assert leaving(limits(answers=["none"]), score, num_labels=2) is None
     assert not answers_any(limits(answers=["none"]), ["none"], num_rows=8)
+
+
+@pytest.mark.parametrize(
+    ("keys", "per_class", "leaves"),
+    [
+        ({}, BOTH, BOTH),
+        ({}, ONE, ONE),
+        ({"min_rows": 20}, BOTH, BOTH),
+        ({"min_rows": 21}, BOTH, {}),
+        ({"min_rows": 20}, ONE, {}),  # that no row has the other label is a count of 0
+        ({"answers": ["accuracy", "per_class"]}, BOTH, BOTH),
+        ({"answers": ["loss", "per_class"]}, BOTH, {}),  # (12 + 8) / 40 is the accuracy
+        ({"answers": ["accuracy"]}, BOTH, {}),
+    ],
+)
+def test_the_table_of_classes_leaves_whole_and_tells_no_more_than_the_file_says(
+    keys: dict[str, Any], per_class: dict[int, tuple[int, int]], leaves: dict[int, tuple[int, int]]
+) -> None:
+    part = leaving(limits(**keys), Score("accuracy", 0.5, 0.7, 40, per_class), num_labels=2)
+
+    assert part is not None
+    assert part.per_class == leaves
+
+
+@pytest.mark.parametrize(
+    ("counts", "few"),
+    [
+        ({}, None),
+        ({"0": 20, "1": 20}, None),
+        ({"0": 31, "1": 9}, "9 rows of label 1"),
+        ({"0": 40}, "0 rows of label 1"),
+    ],
+)
+def test_label_counts_of_few_rows_are_refused_and_a_label_without_rows_counts_as_few(
+    counts: dict[str, int], few: str | None
+) -> None:
+    def register() -> None:
+        check_rows(limits(min_rows=10), num_train=40, label_counts=counts, num_labels=2)
+
+    if few is None:
+        return register()
+    with pytest.raises(SiteError) as told:
+        register()
+    assert told.value.refusal is Refusal.few_rows
+    assert told.value.details == f"limits.min_rows is 10, and there are {few}"
+    sentence = "a number that the run needs covers fewer rows than its site allows"
+    assert str(told.value) == f"refusal 18, {sentence}. Its own log says why"
+
+
+def test_a_run_that_needs_losses_is_refused_by_a_site_that_keeps_them() -> None:
+    of_vectors = replace(OF_VECTORS, fl=FlConfig())  # without label counts
+    of_scalars = replace(of_vectors, estimator=TwoPointConfig())
+    join(limits(vectors=True), of_vectors)
+    join(limits(vectors=True, answers=["loss"]), of_vectors)
+    join(limits(answers=["accuracy"]), of_scalars)
+
+    with pytest.raises(SiteError, match="refusal 21, its site does not send the losses") as told:
+        join(limits(vectors=True, answers=["accuracy"]), of_vectors)
+    assert told.value.refusal is Refusal.losses

@@ -50,9 +50,9 @@ def test_how_many_rows_were_cut_is_a_count_as_any_other(min_rows: int, told: tup
     )
     limits = Limits(run=RUN, site=SiteFile(limits=SiteLimitsConfig(min_rows=min_rows)))
     unused: Any = None
-    clients: Any = SimpleNamespace(register=lambda client, begun: "d" * 64, data=lambda client: data)
+    clients: Any = SimpleNamespace(identity=IDENTITY, register=lambda client, begun: "d" * 64, data=lambda client: data)
     artifacts: Any = SimpleNamespace(find=lambda digest: True)
-    worker = ClientWorker(IDENTITY, unused, clients, limits=limits, evaluators={}, artifacts=artifacts)
+    worker = ClientWorker(IDENTITY.config_hash, unused, clients, limits=limits, evaluators={}, artifacts=artifacts)
 
     reply = worker.hello(Hello(client=0))
 
@@ -74,7 +74,7 @@ def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_one
     )
     update: Any = SimpleNamespace(reply_type=TrainReply, make=lambda at, request: TrainReply())
     clients: Any = SimpleNamespace(prepare=lambda client: None, workspace=lambda artifact, asked: workspace)
-    worker = ClientWorker(IDENTITY, update, clients, limits=limits, evaluators={}, artifacts=artifacts)
+    worker = ClientWorker(IDENTITY.config_hash, update, clients, limits=limits, evaluators={}, artifacts=artifacts)
 
     for client, values, log in (
         *((0, b"", b""), (0, b"", b"log"), (1, b"", b"log")),
@@ -108,7 +108,7 @@ def test_a_vector_is_unpacked_and_hashed_once_a_request(monkeypatch: pytest.Monk
     clients: Any = SimpleNamespace(prepare=lambda client: None, workspace=lambda artifact, asked: workspace)
     artifacts: Any = SimpleNamespace(find=lambda digest: True)
     limits = Limits(run=run, site=SiteFile())
-    worker = ClientWorker(IDENTITY, update, clients, limits=limits, evaluators={}, artifacts=artifacts)
+    worker = ClientWorker(IDENTITY.config_hash, update, clients, limits=limits, evaluators={}, artifacts=artifacts)
 
     reply = worker.train(
         TrainRequest(

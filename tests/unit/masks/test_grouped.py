@@ -60,7 +60,7 @@ def test_the_mask_of_groups_is_that_of_one_pass(family: str, share: float, monke
 def test_sums_that_are_made_alone_are_those_that_are_made_together() -> None:
     model = tiny_model()
     parameters = eligible_parameters(model)
-    gradients = sensitivity.WindowGradients(model, WINDOWS, sensitivity.next_token_loss, lambda: None)
+    gradients = sensitivity.WindowGradients(model, WINDOWS, sensitivity.next_token_loss)
     places = {name: torch.arange(0, parameter.numel(), 7) for name, parameter in parameters.items()}
 
     both = gradients.sums(parameters)

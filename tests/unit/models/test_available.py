@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 
 from fedzo.errors import ConfigError
 from fedzo.models import available
-from fedzo.models.available import Held, available_memory_bytes, held_bytes, mapped_bytes, most_memory_bytes
+from fedzo.models.available import Held, available_memory_bytes, held_bytes, mapped_bytes, max_memory_bytes
 from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.load import load_model
 from fedzo.models.memory import weights_bytes
-from fedzo.run import estimate
+from fedzo.run import costs
 from fedzo.system import is_out_of_memory
 from fedzo.testing.tiny_models import save_tiny_model, tiny_loaded
 from fedzo.testing.vector_space import VectorSpace
@@ -114,7 +114,7 @@ def test_weights_that_no_memory_can_hold_are_refused_before_they_are_read(
     def read(*args: object, **kwargs: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(available, "most_memory_bytes", lambda: 34_976 * 2 - 1)
+    monkeypatch.setattr(available, "max_memory_bytes", lambda: 34_976 * 2 - 1)
     monkeypatch.setattr("fedzo.models.load.read_model", read)
 
     with pytest.raises(
@@ -128,7 +128,7 @@ def test_weights_that_no_memory_can_hold_are_refused_before_they_are_read(
 def test_weights_that_just_fit_or_stay_in_their_files_are_not_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(available, "most_memory_bytes", lambda: 34_976 * 2)
+    monkeypatch.setattr(available, "max_memory_bytes", lambda: 34_976 * 2)
 
     load_model(ModelConfig(name=str(folder), dtype=DType.bfloat16), device="cpu")
     load_model(ModelConfig(name=str(folder)), device="cpu")
@@ -192,16 +192,16 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @linux
 def test_limits_of_groups_around_the_process_count(groups: Path) -> None:
-    assert (available_memory_bytes(CPU), most_memory_bytes()) == (60 * GIB, 66 * GIB)
+    assert (available_memory_bytes(CPU), max_memory_bytes()) == (60 * GIB, 66 * GIB)
 
     stat = f"anon {GIB}\ninactive_file {GIB}\nactive_file {2 * GIB}"
     cgroup(groups / "site", memory_max=8 * GIB, memory_current=5 * GIB, memory_stat=stat)
     cgroup(groups / "site" / "run", memory_max="max", memory_current=4 * GIB, memory_stat=stat)
     cgroup(groups / "site" / "other", memory_max=1)
-    assert (available_memory_bytes(CPU), most_memory_bytes()) == (6 * GIB, 10 * GIB)
+    assert (available_memory_bytes(CPU), max_memory_bytes()) == (6 * GIB, 10 * GIB)
 
     cgroup(groups / "site" / "run", memory_max=6 * GIB, memory_swap_max=0)
-    assert (available_memory_bytes(CPU), most_memory_bytes()) == (5 * GIB, 6 * GIB)
+    assert (available_memory_bytes(CPU), max_memory_bytes()) == (5 * GIB, 6 * GIB)
 
 
 @linux
@@ -221,7 +221,7 @@ def test_memory_of_a_gpu_that_torch_keeps_and_nobody_uses_can_be_taken(monkeypat
 
 
 def test_the_machine_has_some_memory() -> None:
-    assert 1 << 20 < available_memory_bytes(CPU) < most_memory_bytes()
+    assert 1 << 20 < available_memory_bytes(CPU) < max_memory_bytes()
 
 
 @linux
@@ -240,7 +240,7 @@ def test_weights_that_are_mapped_count_until_they_are_written_to(mapped: torch.T
 def test_what_a_probe_will_copy_is_the_pages_of_trained_values(mapped: torch.Tensor) -> None:
     def copied(size: int, *parameters: torch.Tensor) -> int:
         space: Any = SimpleNamespace(size=size, parameters=parameters)
-        return estimate._copied_on_write(space, 0)
+        return costs._copied_on_write(space, 0)
 
     values_a_page = mmap.PAGESIZE // 2
 
@@ -253,7 +253,7 @@ def test_what_a_probe_will_copy_is_the_pages_of_trained_values(mapped: torch.Ten
     mapped.fill_(2)
     assert copied(32 << 20, mapped) < 8 << 20  # taken already, so no longer free
     space: Any = SimpleNamespace(size=mapped.numel(), parameters=[mapped])
-    assert estimate._copied_on_write(space, 200 * mapped.nbytes) == 0  # too few to look
+    assert costs._copied_on_write(space, 200 * mapped.nbytes) == 0  # too few to look
 
 
 @linux
@@ -271,11 +271,11 @@ def test_batches_leave_room_for_mapped_weights_that_are_trained(
             return 20 << 20
 
     def fit(space: Any) -> int:
-        return estimate.fitting_tokens_per_batch(
+        return costs.fitting_tokens_per_batch(
             tiny_loaded(), space, wanted=4096, longest=100, local_steps=1, num_moments=0
         )
 
-    monkeypatch.setattr(estimate, "available_memory_bytes", lambda device: 92 << 20)
+    monkeypatch.setattr(costs, "available_memory_bytes", lambda device: 92 << 20)
 
     assert fit(VectorSpace(np.zeros(1 << 20, np.float32))) == 4096
     assert fit(Mapped(np.zeros(1, np.float32))) == 2048
@@ -285,19 +285,19 @@ def test_batches_leave_room_for_mapped_weights_that_are_trained(
 def test_a_model_for_each_process_is_warned_of(
     free: int, warned: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(estimate, "available_memory_bytes", lambda device: free)
+    monkeypatch.setattr(costs, "available_memory_bytes", lambda device: free)
 
-    estimate.warn_of_copies(ModelConfig(name=str(folder)), device="cpu", num_copies=9, are_written=True)
+    costs.warn_of_copies(ModelConfig(name=str(folder)), device="cpu", num_copies=9, are_written=True)
 
     assert ("9 in all, which take 1.3 MB, but 1.3 MB are free. Write runtime=inline" in caplog.text) == warned
     caplog.clear()
 
-    estimate.warn_of_copies(ModelConfig(name=str(folder)), device="cpu", num_copies=9, are_written=False)
+    costs.warn_of_copies(ModelConfig(name=str(folder)), device="cpu", num_copies=9, are_written=False)
 
     assert not caplog.records  # all share the pages of the file
 
 
 def test_a_model_that_is_not_there_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    estimate.warn_of_copies(ModelConfig(name=str(tmp_path / "none")), device="cpu", num_copies=9, are_written=True)
+    costs.warn_of_copies(ModelConfig(name=str(tmp_path / "none")), device="cpu", num_copies=9, are_written=True)
 
     assert not caplog.records

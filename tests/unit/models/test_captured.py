@@ -92,8 +92,8 @@ def losses(
 def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny model's weights are all small ones, or in one group, in two, or in many, as a larger model's are."""
     if request.param:
-        monkeypatch.setattr("fedzo.zo.together._SMALL", 100)
-        monkeypatch.setattr("fedzo.zo.together._GROUP_BYTES", request.param)
+        monkeypatch.setattr("fedzo.zo.tensor_group._SMALL", 100)
+        monkeypatch.setattr("fedzo.zo.tensor_group._GROUP_BYTES", request.param)
 
 
 def graphs_of(loaded: LoadedModel) -> dict[Any, Any]:
@@ -192,7 +192,7 @@ def test_weights_that_lie_elsewhere_and_other_products_have_graphs_of_their_own(
 
 
 def test_the_graphs_used_last_are_kept(new_tape: NewGraph, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "_MOST_GRAPHS", 2)
+    monkeypatch.setattr(captured, "_MAX_GRAPHS", 2)
     ours, _ = capture(tiny_loaded(), None, longest=64, new_graph=new_tape)
 
     for length in (4, 4, 8, 8, 4, 16, 16):
@@ -259,7 +259,7 @@ class Rounded:
 @pytest.mark.parametrize("then", ["its graph goes", "weights lie elsewhere"])
 def test_both_sides_of_a_probe_are_computed_alike(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two probes are eager, those after them are replays; so again where a graph is recorded anew."""
-    monkeypatch.setattr(captured, "_MOST_GRAPHS", 1)
+    monkeypatch.setattr(captured, "_MAX_GRAPHS", 1)
     module, given = nn.Linear(4, 4), torch.arange(8.0).view(2, 4)
     captures = Captures(module, Rounded)
 
@@ -291,7 +291,7 @@ def test_a_graph_that_misses_perturbed_weights_is_found_out_where_rounding_hides
 ) -> None:
     """In bfloat16 a probe at eps moves states by less than a tolerance lets by."""
     as_on_a_gpu()
-    monkeypatch.setattr("fedzo.zo.together._SMALL", 100)
+    monkeypatch.setattr("fedzo.zo.tensor_group._SMALL", 100)
     made = tiny_loaded()
     loaded = replace(made, model=made.model.bfloat16())
     ours, _ = capture(loaded, None, longest=16, new_graph=new_tape)

@@ -156,7 +156,7 @@ def test_a_steps_cost_in_whole_forwards_with_one_block_of_two_below(forwards: in
 
 
 @pytest.mark.parametrize(
-    ("visits", "most_bytes", "kept"),
+    ("visits", "max_bytes", "kept"),
     [
         (40, 1000, 0.75),  # ten rows of 100 bytes, four visits to each: all but the first find their states
         (40, 500, 0.375),  # half of the rows fit
@@ -165,8 +165,8 @@ def test_a_steps_cost_in_whole_forwards_with_one_block_of_two_below(forwards: in
         (40, None, 0.0),
     ],
 )
-def test_rows_that_are_kept_cost_their_lower_blocks_once(visits: int, most_bytes: int | None, kept: float) -> None:
-    lower = replace(two_blocks()[1], rows=None if most_bytes is None else RowStates(most_bytes))
+def test_rows_that_are_kept_cost_their_lower_blocks_once(visits: int, max_bytes: int | None, kept: float) -> None:
+    lower = replace(two_blocks()[1], rows=None if max_bytes is None else RowStates(max_bytes))
 
     assert lower.kept_share(visits, 10, row_bytes=100) == kept
     assert lower.whole_forwards(2, kept=kept) == 1.5 - kept / 2
@@ -266,7 +266,7 @@ def test_a_step_runs_the_lower_blocks_once(config: Any, forwards: int) -> None:
 
 
 def test_batches_beyond_a_steps_memory_run_whole_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lower_layers, "MOST_STEP_BYTES", 0)
+    monkeypatch.setattr(lower_layers, "MAX_STEP_BYTES", 0)
     loaded = tiny_loaded("llama")
     lower = lower_layers_of(loaded, masked(loaded))
     assert lower is not None
@@ -330,7 +330,7 @@ def test_without_room_a_step_still_runs_the_lower_blocks_once() -> None:
     lower = lower_layers_of(loaded, space, cache_mb=1)
     assert lower is not None
     assert lower.rows is not None
-    lower.rows.most_bytes = 0
+    lower.rows.max_bytes = 0
     runs = count_runs(lower.blocks[0])
 
     step = lower.of_step()
@@ -372,7 +372,7 @@ def test_what_is_kept_of_a_text_holds_no_whole_batch() -> None:
         return found
 
     for room in (1 << 20, 0):  # also where there is none, so that texts are held for a step alone
-        lower.rows.most_bytes = room
+        lower.rows.max_bytes = room
         lower.rows.by_text.clear()
         held.clear()
         with pytest.MonkeyPatch.context() as patch:
@@ -382,7 +382,7 @@ def test_what_is_kept_of_a_text_holds_no_whole_batch() -> None:
 
 
 def test_once_it_is_full_nothing_more_is_kept() -> None:
-    rows = RowStates(most_bytes=8)
+    rows = RowStates(max_bytes=8)
 
     for size in (1, 3, 1):
         rows.of([tuple(range(size))] * 2, lambda fresh, size=size: [(index, torch.zeros(size)) for index in fresh])
@@ -474,7 +474,7 @@ def test_a_row_runs_the_lower_blocks_once_in_all_rounds_if_it_fits() -> None:
     assert runs == [3, 1]
     assert lower.rows.num_bytes == 4 * 6 * 32 * 4  # float32 states, 32 wide, of 6 tokens each
 
-    lower.rows.most_bytes = lower.rows.num_bytes
+    lower.rows.max_bytes = lower.rows.num_bytes
     loss([Example(tokens(9, 6), ((7,), (250,)), 0)])
     loss([Example(tokens(9, 6), ((7,), (250,)), 0)])
     assert runs == [3, 1, 1, 1]

@@ -32,7 +32,7 @@ from fedzo.models.memory import (
     time_forwards,
     weights_bytes,
 )
-from fedzo.run import estimate
+from fedzo.run import costs
 from fedzo.sketch import tables_of
 from fedzo.system import is_out_of_memory
 from fedzo.testing.tiny_models import (
@@ -243,11 +243,11 @@ def test_a_rule_whose_memory_is_not_there_is_named(
     loaded, space = tiny_loaded(), VectorSpace(np.zeros(1 << 20, np.float32))
 
     def fit(num_moments: int) -> int:
-        return estimate.fitting_tokens_per_batch(
+        return costs.fitting_tokens_per_batch(
             loaded, space, wanted=4096, longest=100, local_steps=1, num_moments=num_moments
         )
 
-    monkeypatch.setattr(estimate, "available_memory_bytes", lambda device: 100 << 20)
+    monkeypatch.setattr(costs, "available_memory_bytes", lambda device: 100 << 20)
     assert fit(0) == 4096
     assert not caplog.records
     assert fit(8) == 2048  # 72 MiB are the rule's
@@ -361,7 +361,7 @@ def test_answers_of_several_tokens_pay_for_the_head_in_plan_and_estimate() -> No
     long = Example(prompt=(1,) * 6, candidates=((2, 3), (4, 5)), label=0)  # 4 of 16 tokens are read
 
     def memory(example: Example) -> int:
-        told = estimate.estimate_run(
+        told = costs.estimate_run(
             at,
             train=[example],
             scored=[],
@@ -373,8 +373,8 @@ def test_answers_of_several_tokens_pay_for_the_head_in_plan_and_estimate() -> No
         )
         return told.memory_bytes
 
-    assert estimate.head_share([short]) == estimate.head_share([]) == 0
-    assert estimate.head_share([short, long]) == 0.25
+    assert costs.head_share([short]) == costs.head_share([]) == 0
+    assert costs.head_share([short, long]) == 0.25
     assert memory(long) - memory(short) == 4 * 4 * 512 * 8
 
 
@@ -430,7 +430,7 @@ def test_the_time_of_a_run_counts_its_forwards_and_their_tokens(monkeypatch: pyt
     example = Example(prompt=(1,) * 30, candidates=((2,), (3,)), label=0)
     forwards_take(monkeypatch, lambda tokens: 0.01 + 1e-5 * tokens)
 
-    told = estimate.estimate_run(
+    told = costs.estimate_run(
         at,
         train=[example],
         scored=[(3, [example] * 50), (2, [])],
@@ -455,9 +455,9 @@ def test_the_time_of_a_run_counts_the_forwards_that_write_answers(
     at = Workspace(tiny_loaded(), replica, tokens_per_batch=100, forward_cost_tokens=1)
     example = Example(prompt=(1,) * 28, candidates=((2, 3, 4),), label=0, written_from=(1,) * 30)
     forwards_take(monkeypatch, lambda tokens: 0.01 + 1e-5 * tokens)
-    monkeypatch.setattr(estimate, "cache_tokens", lambda model: cache_tokens)
+    monkeypatch.setattr(costs, "cache_tokens", lambda model: cache_tokens)
 
-    told = estimate.estimate_run(
+    told = costs.estimate_run(
         at,
         train=[example],
         scored=[(3, [example] * 50), (2, [])],

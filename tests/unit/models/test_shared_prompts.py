@@ -20,12 +20,12 @@ from transformers import MambaConfig
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
-from fedzo.models.cache import check_cache, run_answers, run_prompts
 from fedzo.models.forwards import Planning
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, plan_batches, plan_shared
 from fedzo.models.scoring import candidate_scores, example_losses
+from fedzo.models.shared_prompts import check_cache, run_answers, run_prompts
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model, tiny_model_from
 from fedzo.trainers import TRAINERS
 from fedzo.trainers.adapters import PrefixTrainerConfig, PromptTrainerConfig

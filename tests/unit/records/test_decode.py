@@ -226,7 +226,7 @@ def test_the_file_of_a_record_is_there_whole_or_told_of(tmp_path: Path) -> None:
     assert read_record(Inner, tmp_path, "a.json", error=ProtocolError) == Inner(share=0.5)
 
     (tmp_path / "link.json").symlink_to(file)
-    with pytest.raises(RunFolderError, match=r"link\.json: it must lie in the run folder itself, got a link to"):
+    with pytest.raises(RunFolderError, match=r"link\.json: it must lie in its folder itself, got a link to"):
         read_record(Inner, tmp_path, "link.json", error=ProtocolError)
     with pytest.raises(ProtocolError, match=r"a\.json/b: it must be readable, got 'Not a directory'\. Look\.$"):
         read_record(Inner, file, "b", error=ProtocolError, remedy="Look.")

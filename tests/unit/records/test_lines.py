@@ -150,5 +150,5 @@ def test_a_log_that_is_not_there_or_a_link_is_named(tmp_path: Path, read: Number
         read(tmp_path)
     (tmp_path / "elsewhere").write_text('{"n": 0}\n')
     (tmp_path / NAME).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RunFolderError, match=r"log\.jsonl: it must lie in the run folder itself, got a link"):
+    with pytest.raises(RunFolderError, match=r"log\.jsonl: it must lie in its folder itself, got a link"):
         read(tmp_path)

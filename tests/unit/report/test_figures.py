@@ -1,3 +1,5 @@
+"""A run's figures: their curves against the metrics' numbers, and what a reader sees against the drawn boxes."""
+
 from __future__ import annotations
 
 import json

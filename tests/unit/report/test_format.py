@@ -1,3 +1,5 @@
+"""How numbers are written: against texts written by hand, and intervals against Student's table."""
+
 from __future__ import annotations
 
 import pytest

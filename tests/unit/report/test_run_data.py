@@ -1,3 +1,5 @@
+"""A run's files as the report reads them: whole, torn, damaged and written twice, by lines made for that."""
+
 from __future__ import annotations
 
 import json
@@ -8,7 +10,7 @@ import pytest
 
 from fedzo.errors import RunFolderError
 from fedzo.report.html import write_report
-from fedzo.report.run_data import load_run, read_overrides
+from fedzo.report.run_data import load_run, read_environment, read_overrides
 
 MakeRun = Callable[..., Path]
 
@@ -106,6 +108,25 @@ def test_a_damaged_config_is_refused_and_a_missing_one_noted(make_run: MakeRun) 
     (folder / "config.yaml").write_text("- a list\n", encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"config\.yaml: must hold a mapping, got a list"):
         load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("written", "got"),
+    [
+        ("[]", "a list"),
+        ('{"packages": null}', "packages that are no mapping"),
+        ('{"packages": ["torch"]}', "packages that are no mapping"),
+        ('{"later": null}', "a value of later that is no list of mappings"),
+        ('{"later": {}}', "a value of later that is no list of mappings"),
+        ('{"later": [{}, 1]}', "a value of later that is no list of mappings"),
+    ],
+)
+def test_an_environment_of_another_form_is_refused(tmp_path: Path, written: str, got: str) -> None:
+    (tmp_path / "environment.json").write_text(written)
+    remedy = r"Restore the file, or delete it to go on without it\."
+
+    with pytest.raises(RunFolderError, match=rf"environment\.json: must hold a mapping, got {got}\. {remedy}$"):
+        read_environment(tmp_path)
 
 
 def test_brackets_without_end_are_no_configuration(make_run: MakeRun) -> None:

@@ -370,8 +370,8 @@ def test_seeds_whose_rows_other_models_rewrote_are_of_other_settings(make_run: M
 
 
 def test_a_larger_budget_of_the_rewriter_parts_no_seeds(make_run: MakeRun, tmp_path: Path) -> None:
-    for seed, most_calls in (("0", "100"), ("1", "200")):
-        _score(make_run(seed, rewriter__model="a", rewriter__most_calls=most_calls, seed=seed), dev_loss=0.5)
+    for seed, budget_calls in (("0", "100"), ("1", "200")):
+        _score(make_run(seed, rewriter__model="a", rewriter__budget_calls=budget_calls, seed=seed), dev_loss=0.5)
 
     write_sweep_report(tmp_path)
 

@@ -271,7 +271,7 @@ def test_a_link_to_another_database_ends_the_tracker_and_leaves_it_alone(
     opened("mlflow", folder).close()
 
     assert not database.exists()
-    assert "mlflow.db: it must lie in the run folder itself" in caplog.text
+    assert "mlflow.db: it must lie in its folder itself" in caplog.text
 
 
 def test_the_loss_of_a_calibration_is_no_training_loss(make_run: MakeRun) -> None:

@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from flwr.supercore import constant as supercore_constant
 from fedzo.errors import ConfigError
 from fedzo.runtime import _flower
 from fedzo.runtime.net.daemons import NODE_LEASE_S
-from fedzo.runtime.net.gate import HOLD_S, MOST_WAIT_S, POLL, SEND, URGENCY
+from fedzo.runtime.net.gate import HOLD_S, MAX_WAIT_S, POLL, SEND, URGENCY
 
 
 def parameters(function: object) -> list[str]:
@@ -109,6 +110,7 @@ def flower_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         (start_client_internal, "_pull_and_store_message"),
         (fleet_http_connection, "HEARTBEAT_DEFAULT_INTERVAL"),
         (fleet_http_connection, "HeartbeatSender"),
+        (fleet_http_connection, "make_simple_http_retry_invoker"),
         (http_retry, "_RETRYABLE_TRANSPORT_ERRORS"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
@@ -142,16 +144,20 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
     assert 2 * longest < NODE_LEASE_S  # one may be late
 
 
+UNREGISTERED = "the server refused: the key of this site is not registered there, or was revoked"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("status", "ahead_s", "path", "said"),
+    ("status", "ahead_s", "path", "date", "said"),
     [
-        (401, 3600, "activate-node", ["the server refused: this machine's clock is 3600 s ahead of the server's"]),
-        (401, -3600, "pull-messages", ["the server refused: this machine's clock is 3600 s behind the server's"]),
-        (401, 0, "activate-node", ["the server refused: the key of this site is not registered there, or was revoked"]),
-        (401, 0, "pull-messages", ["the server refused: it has started anew, or has revoked the key of this site"]),
-        (200, 3600, "activate-node", []),
-        (408, 0, "push-object", ["the server refused: a part of a reply took too long to arrive"]),
+        (401, 3600, "activate-node", "", ["the server refused: this machine's clock is 3600 s ahead of the server's"]),
+        (401, -3600, "pull-messages", "", ["the server refused: this machine's clock is 3600 s behind the server's"]),
+        (401, 0, "activate-node", "", [UNREGISTERED]),
+        (401, 3600, "activate-node", "a proxy's own words", [UNREGISTERED]),
+        (401, 0, "pull-messages", "", ["the server refused: it has started anew, or has revoked the key of this site"]),
+        (200, 3600, "activate-node", "", []),
+        (408, 0, "push-object", "", ["the server refused: a part of a reply took too long to arrive"]),
     ],
 )
 def test_a_supernode_that_is_not_let_in_says_why(
@@ -160,6 +166,7 @@ def test_a_supernode_that_is_not_let_in_says_why(
     status: int,
     ahead_s: int,
     path: str,
+    date: str,
     said: list[str],
 ) -> None:
     """Flower itself ends it without a word; what it signs is the time that the server looks at."""
@@ -176,12 +183,14 @@ def test_a_supernode_that_is_not_let_in_says_why(
     monkeypatch.setattr(node_auth_http_interceptor, "now", lambda: right + datetime.timedelta(seconds=ahead_s))
     signing = node_auth_http_interceptor.NodeAuthHttpInterceptor
     context: Any = SimpleNamespace(request=httpx.Request("POST", f"https://server/v1/fleet/{path}"))
-    answer = httpx.Response(status, headers={"date": email.utils.format_datetime(right, usegmt=True)})
+    answer = httpx.Response(status, headers={"date": date or email.utils.format_datetime(right, usegmt=True)})
 
     told = _flower_daemons._telling(signing.intercept)(signing(key, key.public_key()), context, lambda _: answer)
 
     assert told is answer
     assert [record.getMessage().rpartition(". ")[0] for record in caplog.records] == said
+    of_clocks = sum("clock is" in line for line in said)
+    assert caplog.text.count("One of the two clocks is wrong: set that one.") == of_clocks
 
 
 @pytest.mark.slow
@@ -229,6 +238,60 @@ def test_a_reply_that_a_proxy_does_not_pass_on_is_sent_again() -> None:
 
     assert invoker.invoke(send) == "taken"
     assert len(sent) == 3
+
+
+EXPIRED = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired (_ssl.c:1006)"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("flower_is_put_back")
+@pytest.mark.parametrize("answers", [False, True], ids=["silent", "hangs up"])
+def test_what_a_handshake_lost_is_sent_again_and_what_no_certificate_vouches_for_is_not(answers: bool) -> None:
+    """Flower gives all of it up, by a word that Python puts into the text of either error."""
+    from flwr.supercore.retry import http_retry
+    from flwr.supernode import fleet_http_connection, start_client_internal
+
+    from fedzo.runtime.net import _flower_daemons
+
+    def hang_up() -> None:
+        line, _ = listener.accept()
+        with line:
+            line.recv(1 << 16)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        server = threading.Thread(target=hang_up, daemon=True)
+        if answers:
+            server.start()
+        with pytest.raises(httpx.ConnectError if answers else httpx.ConnectTimeout) as met:
+            httpx.get(url, timeout=10.0 if answers else 0.3, trust_env=False)
+    lost, wrong = met.value, httpx.ConnectError(EXPIRED)
+    judged = http_retry.make_simple_http_retry_invoker().should_giveup
+    assert judged is not None
+    assert judged(lost)
+    assert judged(wrong)
+    assert "= make_simple_http_retry_invoker()" in inspect.getsource(fleet_http_connection)
+    told = inspect.getsource(start_client_internal)
+    assert '"Failed to send message %s: %s"' in told  # which `fedzo client up` looks for
+    assert '"Failed to receive message %s: %s"' in told
+
+    _flower_daemons.quicken(0.1, lease_s=NODE_LEASE_S)
+    patient = fleet_http_connection.make_simple_http_retry_invoker()
+    errors, sent = [lost, httpx.WriteError("EOF occurred in violation of protocol (_ssl.c:2427)")], list[Exception]()
+
+    def send() -> str:
+        if errors:
+            sent.append(errors.pop())
+            raise sent[-1]
+        return "taken"
+
+    patient.wait_function = lambda seconds: None
+    assert patient.invoke(send) == "taken"
+    assert len(sent) == 2
+    errors.append(wrong)
+    with pytest.raises(httpx.ConnectError, match="certificate has expired"):
+        patient.invoke(send)
+    assert not errors  # it was tried once
 
 
 def refusal(code: int) -> httpx.HTTPStatusError:
@@ -486,7 +549,7 @@ def test_gate_sees_where_messages_come_from_and_go_to() -> None:
     from flwr.supernode.fleet_http_client import FleetHttpClient
 
     timeout_s = inspect.signature(ProtobufClient.__init__).parameters["timeout"].default
-    assert timeout_s > HOLD_S + MOST_WAIT_S
+    assert timeout_s > HOLD_S + MAX_WAIT_S
     assert f'path="{POLL}"' in inspect.getsource(FleetHttpClient.PullMessages)
     assert f'path="{SEND}"' in inspect.getsource(RuntimeHttpClient.PushMessages)
     beat = inspect.getsource(FleetHttpClient.SendNodeHeartbeat)

@@ -53,6 +53,7 @@ def test_the_grid_says_which_client_a_node_is() -> None:
     def main(grid: Any, context: Context) -> None:
         assert [grid.client_of(node) for node in grid.get_node_ids()] == [0, 1, 2]
         assert grid.client_of(99) is None
+        assert grid.registered({0, 2}) == {0, 2}
 
     play(echo, main)
 

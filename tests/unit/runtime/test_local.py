@@ -9,7 +9,7 @@ import pytest
 
 from fedzo.runtime import local
 from fedzo.runtime.config import LocalConfig
-from fedzo.runtime.net import parts
+from fedzo.runtime.net import launch
 
 
 def test_no_two_parts_get_the_same_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_no_two_parts_get_the_same_port(tmp_path: Path, monkeypatch: pytest.Monk
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for module in (local, parts):
+    for module in (local, launch):
         monkeypatch.setattr(module, "free_ports", lambda count: [*range(5000, 5000 + count)])
     monkeypatch.setattr(local, "ServerProcess", Server)
     monkeypatch.setattr(local, "start_superlink", superlink)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fedzo.cli import main
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.runtime.config import RemoteConfig
 from fedzo.runtime.net import server_process
@@ -30,7 +33,7 @@ def server(tmp_path: Path) -> Iterator[ServerFolder]:
         listening = Listening(address="h:1", listen="127.0.0.1:1", control=control)
         folder = ServerFolder.make(tmp_path / "server", listening, names=["h"], days=30)
         for index in range(2):
-            folder.add_client(f"site-{index}", index=index, key=make_key(tmp_path / f"key-{index}"))
+            folder.registry.add(f"site-{index}", index=index, key=make_key(tmp_path / f"key-{index}"))
         yield folder
 
 
@@ -67,7 +70,7 @@ def test_a_run_begins_with_all_its_clients_and_goes_on_without_one_whose_key_was
     run(new)
     assert "the run is served" in capsys.readouterr().out
 
-    server.remove_client("site-1")
+    server.registry.remove("site-1")
 
     with pytest.raises(ConfigError, match=r"clients 0 to 1 must be registered in .*, but \[1\] are not.*or lower fl\."):
         run(new)
@@ -96,7 +99,7 @@ def test_what_a_server_says_is_read_through_no_link(run: Run, new: Path, tmp_pat
     (new / "logs").mkdir()
     (new / "logs" / "server.log").symlink_to(tmp_path / "outside")
 
-    with pytest.raises(RunFolderError, match=r"server\.log: it must lie in the run folder itself, got a link to"):
+    with pytest.raises(RunFolderError, match=r"server\.log: it must lie in its folder itself, got a link to"):
         run(new)
 
     assert not (tmp_path / "outside").exists()
@@ -104,10 +107,31 @@ def test_what_a_server_says_is_read_through_no_link(run: Run, new: Path, tmp_pat
 
 def test_a_run_that_has_no_client_any_more_does_not_go_on(server: ServerFolder, run: Run, begun: Path) -> None:
     for index in range(2):
-        server.remove_client(f"site-{index}")
+        server.registry.remove(f"site-{index}")
 
     with pytest.raises(ConfigError, match=r"\[0, 1\] are not\. Register them with `fedzo server add-client`\.$"):
         run(begun)
+
+
+def test_a_new_run_without_one_of_its_clients_names_the_command_that_moves_another_to_its_index(
+    server: ServerFolder, run: Run, new: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one, so that those between keep theirs."""
+    for index in (2, 3):
+        server.registry.add(f"site-{index}", index=index, key=make_key(tmp_path / f"key-{index}"))
+    key = server.registry.clients[-1].key
+    server.registry.remove("site-0")
+
+    with pytest.raises(
+        ConfigError, match=r"but \[0\] are not\. .* Client site-3 has index 3\. To give it 0: `"
+    ) as told:
+        run(new)
+
+    command = re.findall(r"To give it 0: `fedzo (.*)`\.$", str(told.value))[0]
+    assert main(shlex.split(command)) == 0
+    assert [(client.index, client.key) for client in server.registry.clients if client.name == "site-3"] == [(0, key)]
+    run(new)
+    assert "the run is served" in capsys.readouterr().out
 
 
 def test_a_run_whose_server_was_moved_says_so_and_asks_for_no_other_authority(

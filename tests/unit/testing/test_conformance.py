@@ -16,6 +16,7 @@ from torch import nn
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
+from fedzo.data.partition import PARTITIONERS
 from fedzo.data.preprocess import STAGES, Stage, StageContext
 from fedzo.data.preprocess.backend import REWRITERS, Completion, Request, RewriterConfig, RowFault
 from fedzo.evaluate import EVALUATORS
@@ -23,6 +24,7 @@ from fedzo.models.blocks import parameters_from
 from fedzo.testing import (
     check_estimator,
     check_evaluator,
+    check_partition,
     check_server_optimizer,
     check_space,
     check_stage,
@@ -43,7 +45,8 @@ from fedzo.zo.spaces.masked import MaskedSpace
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 CONFIGS: dict[str, dict[str, Any]] = {
-    registry.kind: dict(registry) for registry in (TRAINERS, ESTIMATORS, SERVER_OPTIMIZERS, STAGES, EVALUATORS)
+    registry.kind: dict(registry)
+    for registry in (TRAINERS, ESTIMATORS, SERVER_OPTIMIZERS, PARTITIONERS, STAGES, EVALUATORS)
 }
 
 
@@ -245,6 +248,27 @@ def test_server_optimizers(name: str, settings: dict[str, Any]) -> None:
     )
 
 
+# --- partitions -------------------------------------------------------------------------------------------------------
+
+DEALT: dict[str, dict[str, Any]] = {
+    "dirichlet": {"alpha": 1.0},
+    "dirichlet_equal": {"alpha": 1.0, "num_extreme": 1},
+    "extreme": {},
+    "iid": {},
+    "natural": {"column": "site"},
+    "shards": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEALT)
+def test_partitions(name: str) -> None:
+    rows = [{"text": str(i), "label": i * i % 3, "site": f"s{i % 4}"} for i in range(120)]
+    task = TaskConfig(name="mine", template="{text}", candidates=["a", "b", "c"])
+
+    check_partition(CONFIGS["partition"][name](**DEALT[name]), rows, task, num_clients=4)
+
+
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
@@ -317,3 +341,4 @@ def test_every_plugin_is_checked() -> None:
     scalars = {name for name, config_class in ESTIMATORS if issubclass(config_class, ZerothOrderConfig)}
     assert {name for name, *_ in ESTIMATES} == scalars
     assert {name for name, _ in RULES} == set(CONFIGS["server_optimizer"])
+    assert set(DEALT) == set(CONFIGS["partition"]) - {"own"}  # which deals nothing

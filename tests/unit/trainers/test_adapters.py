@@ -22,8 +22,8 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import remove
+from fedzo.models.auto_dtype import too_coarse
 from fedzo.models.blocks import find_blocks
-from fedzo.models.fidelity import too_coarse
 from fedzo.models.generate import generate, generate_tokens
 from fedzo.models.head import check_head
 from fedzo.models.load import wrap_model

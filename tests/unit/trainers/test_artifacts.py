@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -101,6 +102,20 @@ def test_a_file_is_hashed_once_a_process_and_not_when_it_has_just_been_written(
         assert another.find(DIGEST)
 
     assert hashed == [store.folder / DIGEST]
+
+
+def test_what_root_keeps_for_another_user_is_that_users_also_in_part(
+    tmp_path: Path, given_by_root: Callable[[], set[Path]]
+) -> None:
+    store = ArtifactStore(tmp_path / "new" / "store")
+
+    whole = store.put(b"of another run")
+    append(store, 0)
+
+    assert given_by_root() == {*tmp_path.rglob("*")}
+    assert names(store) == sorted([whole.digest, f"{DIGEST}.part"])
+    assert [append(store, number) for number in (1, 2)] == [2 * PIECE_BYTES, SIZE]
+    assert given_by_root() == {*tmp_path.rglob("*")}
 
 
 def test_a_failed_write_leaves_nothing(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import RoundRecord, local_step, unpack
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
+    AdamConfig,
     ControlVariates,
     FedDynConfig,
     MomentumConfig,
@@ -298,6 +299,36 @@ def test_scaffold_remembers_the_mean_of_the_steps_that_were_taken() -> None:
     assert moments[1] == pytest.approx(estimate, rel=1e-5)
     assert moments[2].tolist() == [7] * 6
     assert space.theta == pytest.approx(-lr * (estimate + 3.5) / 2, rel=1e-5)  # client 1 did not move
+
+
+LR, STEPS, GRADIENT = 2.0**-6, 5, 3.0
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (SgdConfig(), LR * STEPS * GRADIENT),
+        (ScaffoldConfig(), LR * STEPS * GRADIENT),
+        (MomentumConfig(), 10 * LR * STEPS * GRADIENT),
+        (MomentumConfig(momentum=0.75), LR * STEPS * GRADIENT / (1 - 0.75)),
+        (MomentumConfig(momentum=0.75, nesterov=True), LR * STEPS * GRADIENT / (1 - 0.75)),
+        (AdamConfig(), LR),
+        (FedDynConfig(alpha=2.0), GRADIENT / 2),
+        (FedDynConfig(), 2 * LR * STEPS * GRADIENT),
+    ],
+)
+def test_settled_steps_are_as_long_as_the_docs_say(config: ServerOptimizerConfig, length: float) -> None:
+    """Of a gradient that never changes. With a single value, c = gradient / z makes every estimate exact."""
+    rule = SERVER_OPTIMIZERS.build(config, local_steps=STEPS)
+    space, moments = VectorSpace(np.zeros(1, np.float32)), np.zeros((rule.num_moments(1), 1), np.float32)
+    owner = 0 if isinstance(rule, ControlVariates) else SHARED
+    for r in range(100):
+        before = space.values()
+        c = np.array([[[GRADIENT / zs(1, r, t, 1)[0][0]]] for t in range(STEPS)], np.float32)
+        record = RoundRecord(round=r, lr=LR, owners=(owner,), coefficients=c, directions=SHARED)
+        rule.apply(space, moments, record, run_seed=SEED)
+
+    assert float(before[0] - space.theta[0]) == pytest.approx(length, rel=1e-3)
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))

@@ -23,7 +23,7 @@ from fedzo.zo.directions import (
     stream_key,
 )
 from fedzo.zo.directions_cuda import CudaDirections, Pieces
-from fedzo.zo.together import Together
+from fedzo.zo.tensor_group import TensorGroup
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -261,7 +261,7 @@ def test_cuda_moves_many_tensors_rows_and_masks_with_the_cpus_bits(
     for stochastic in (False, True):
         here = [weights(n, dtype) for n in sizes]
         there = [tensor.cuda() for tensor in here]
-        Together(here, starts).add(5, scale=SCALE, distribution=law, stochastic=stochastic)
+        TensorGroup(here, starts).add(5, scale=SCALE, distribution=law, stochastic=stochastic)
         pieces = Pieces.of(there, starts, in_place=True)
         kernels.add_pieces(pieces, 5, scale=SCALE, distribution=law, stochastic=stochastic)
         assert all(torch.equal(bits(a), bits(b.cpu())) for a, b in zip(here, there, strict=True))

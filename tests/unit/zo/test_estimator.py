@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from fedzo.zo.estimator import (
     ZerothOrderConfig,
 )
 from fedzo.zo.estimator.differences import two_point
+from fedzo.zo.spaces.base import Values
 
 GRADIENT = np.array([0.5, -2.0, 4.0, 1.0, -0.25])
 KEYS = [7, 8, 9, 10]
@@ -86,6 +88,43 @@ def test_fzoo_steps_as_its_authors_code_does_but_for_the_denominator_of_the_devi
 
 
 # --- in expectation ---------------------------------------------------------------------------------------------------
+
+
+class Signs(VectorSpace):
+    """Keys 0 to 7 stand for the eight directions of three signs."""
+
+    def _direction(self, key: int) -> Values:
+        return np.array([1 - 2 * (key >> i & 1) for i in range(3)], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "share"),
+    [
+        (TwoPoint(eps=0.5), 1.0),
+        (OneSided(eps=0.5, baseline=Baseline.center), 1.0),
+        (OneSided(eps=0.5, baseline=Baseline.mean), 0.5),
+        (OneSided(eps=0.5, baseline=Baseline.leave_one_out), 1.0),
+    ],
+    ids=str,
+)
+def test_the_mean_of_one_sided_estimates_is_exactly_that_of_the_central_difference(
+    estimator: Estimator, share: float
+) -> None:
+    """Over all pairs of directions of a step of two probes: curvature cancels, the cubic term a t^3 adds eps^2 a."""
+    start, slope, cubic = np.array([0.25, -0.5, 1.0]), np.array([0.5, -2.0, 4.0]), np.array([1.0, -0.5, 2.0])
+    hessian = np.array([[2.0, 1.0, 0.5], [1.0, 3.0, -1.0], [0.5, -1.0, 1.0]])
+    space, total = Signs(start), np.zeros(3)
+
+    def loss() -> float:
+        t = space.theta.astype(float)
+        return float(slope @ t + t @ hessian @ t / 2 + cubic @ t**3)
+
+    for pair in itertools.product(range(8), repeat=2):
+        for key, p in zip(pair, estimator.estimate(space, loss, pair), strict=True):
+            total += float(p.g) * space._direction(key) / 2
+
+    gradient = slope + hessian @ start + 3 * cubic * start**2
+    assert total / 64 == pytest.approx(share * (gradient + 0.5**2 * cubic), rel=1e-6)
 
 
 @pytest.mark.parametrize(("law", "extra"), [(Distribution.gaussian, 2), (Distribution.rademacher, 0)])

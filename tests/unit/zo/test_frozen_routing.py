@@ -1,4 +1,4 @@
-"""Selections held still: against backpropagation on a mixture of experts, and against pencil and paper."""
+"""Frozen routing: against backpropagation on a mixture of experts, and against pencil and paper."""
 
 from __future__ import annotations
 

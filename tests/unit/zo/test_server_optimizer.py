@@ -203,10 +203,10 @@ def test_a_rule_that_is_not_what_its_traits_say_is_refused(monkeypatch: pytest.M
 
     assert isinstance(build_server_optimizer(OddConfig(), local_steps=1), Sgd)
     with pytest.raises(
-        ConfigError, match=r"OddConfig\.traits\.takes_vectors must be True, as its rule is one of Vector"
+        ConfigError, match=r"OddConfig\.traits\.takes_vectors must be True, as its optimizer is one of Vector"
     ):
         build_server_optimizer(OddConfig(vectors=False), local_steps=1)
-    with pytest.raises(ConfigError, match=r"traits\.walks_clients must be False, as its rule is none of ControlV"):
+    with pytest.raises(ConfigError, match=r"traits\.walks_clients must be False, as its optimizer is none of ControlV"):
         build_server_optimizer(OddConfig(walks=True), local_steps=1)
     with pytest.raises(ConfigError, match=r"traits\.keeps_moments must be False, as .*num_moments\(1\) is 0, got T"):
         build_server_optimizer(OddConfig(moments=True), local_steps=1)

@@ -15,15 +15,15 @@ from fedzo.errors import quoted
 from fedzo.records.decode import decode, parse_json
 from fedzo.records.fields import Length, Within
 
-MOST_ANSWER_BYTES = 4 << 20
+MAX_ANSWER_BYTES = 4 << 20
 """Longest answer of an endpoint that is read."""
-MOST_TEXT = 1 << 18
+MAX_TEXT = 1 << 18
 """Longest text of a model, in characters."""
-MOST_COUNT = 1 << 40
+MAX_COUNT = 1 << 40
 _THOUGHT = "<think>"
 
-AnswerText = Annotated[str, Length(0, MOST_TEXT)]
-TokenCount = Annotated[int, Within(0, MOST_COUNT)]
+AnswerText = Annotated[str, Length(0, MAX_TEXT)]
+TokenCount = Annotated[int, Within(0, MAX_COUNT)]
 ModelName = Annotated[str, Length(0, 1000)]
 
 

@@ -22,11 +22,11 @@ from fedzo.data.preprocess.backend import (
 )
 from fedzo.data.preprocess.rephrase.answers import without_thought
 from fedzo.data.preprocess.rephrase.store import Store, request_key
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 
-MOST_TRIES = 6
+MAX_TRIES = 6
 """How often a request is made to an endpoint that says that it is busy."""
-MOST_BUSY = 10
+MAX_BUSY = 10
 """How often in a row, without an answer between, an endpoint may say that it is busy before it counts as down."""
 FIRST_WAIT_S = 1.0
 """First wait for a busy endpoint, unless it asks for a longer one; each further one is twice as long."""
@@ -34,7 +34,7 @@ LONGEST_WAIT_S = 60.0
 """Longest wait, whatever the endpoint asks for."""
 CALLS_PER_STEP_UP = 10
 """Answers in a row after which one call more is made at once, up to the backend's own number."""
-MOST_FAULTS, FEWEST_CALLS = 0.2, 20
+MAX_FAULTS, FEWEST_CALLS = 0.2, 20
 """Share of faults above which nothing more is asked, once there were that many calls. Both are guesses."""
 
 
@@ -101,7 +101,7 @@ class Caller:
         self._not_before = 0.0
         self._eased = 0.0  # when the limit fell last: calls begun before say nothing new
 
-    def answer(self, requests: Sequence[Request], on_done: OnProgress = untold) -> list[Completion | RowFault]:
+    def answer(self, requests: Sequence[Request], on_done: OnProgress = no_progress) -> list[Completion | RowFault]:
         """Answers in the order of the requests; equal requests are asked once.
 
         Args:
@@ -161,10 +161,8 @@ class Caller:
         fingerprints = {model: self._backend.fingerprint(model) for model in {request.model for request in requests}}
         jobs: dict[str, _Job] = {}
         for place, request in enumerate(requests):
-            key, earlier = (
-                request_key(request, model=fingerprints[request.model], with_limit=each) for each in (False, True)
-            )
-            if (stored := self._store.get(key) or self._store.get(earlier)) is not None:
+            key = request_key(request, model=fingerprints[request.model])
+            if (stored := self._store.get(key)) is not None:
                 results[place] = stored
             elif key in jobs:
                 jobs[key].places.append(place)
@@ -214,9 +212,9 @@ class Caller:
         answer = self.totals.answer_tokens + sum(job.request.max_tokens for job in jobs)
         config, calls = self._config, self.totals.calls + len(jobs)
         return not (
-            0 < config.most_calls < calls
-            or 0 < config.most_tokens < prompt + answer
-            or 0 < config.most_cost < self._config.cost(prompt, answer)
+            0 < config.budget_calls < calls
+            or 0 < config.budget_tokens < prompt + answer
+            or 0 < config.budget_cost < self._config.cost(prompt, answer)
         )
 
     def _spent(self, job: _Job) -> EndpointError:
@@ -225,7 +223,7 @@ class Caller:
         spent = f"{totals.calls} calls, {tokens} tokens"
         budgets = [
             f"rewriter.{name}={value:g}"
-            for name in ("most_calls", "most_tokens", "most_cost")
+            for name in ("budget_calls", "budget_tokens", "budget_cost")
             if (value := getattr(config, name)) > 0
         ]
         if config.price_prompt or config.price_answer:
@@ -263,10 +261,10 @@ class Caller:
         again = []
         for job in outcome.jobs:
             job.tries += 1
-            if job.tries < MOST_TRIES:
+            if job.tries < MAX_TRIES:
                 again.append(job)
                 continue
-            fault = RowFault(RowReason.unavailable, f"busy, {MOST_TRIES} times")
+            fault = RowFault(RowReason.unavailable, f"busy, {MAX_TRIES} times")
             self.totals.calls += 1
             self._fault(fault)
             for place in job.places:
@@ -287,15 +285,15 @@ class Caller:
 
     def _no_use(self) -> EndpointError | None:
         calls, faults = self.totals.calls - self._before.calls, self.totals.faults - self._before.faults
-        if self._busy_in_a_row >= MOST_BUSY:
+        if self._busy_in_a_row >= MAX_BUSY:
             return EndpointError(
-                f"The endpoint said {MOST_BUSY} times in a row that it is busy. Its quota may be spent: look there, or "
+                f"The endpoint said {MAX_BUSY} times in a row that it is busy. Its quota may be spent: look there, or "
                 "start again later. What is done is kept."
             )
-        if calls < FEWEST_CALLS or faults <= MOST_FAULTS * calls:
+        if calls < FEWEST_CALLS or faults <= MAX_FAULTS * calls:
             return None
         said = "; ".join(self.totals.said.values())
         return EndpointError(
-            f"{faults} of {calls} calls failed, which is more than {MOST_FAULTS:.0%} ({said}). Correct the endpoint, "
+            f"{faults} of {calls} calls failed, which is more than {MAX_FAULTS:.0%} ({said}). Correct the endpoint, "
             "its model or rewriter.timeout_s. What is done is kept, and what failed is asked again."
         )

@@ -18,7 +18,7 @@ from fedzo.data.preprocess.backend import (
     RowReason,
 )
 from fedzo.data.preprocess.rephrase.answers import (
-    MOST_ANSWER_BYTES,
+    MAX_ANSWER_BYTES,
     MalformedError,
     error_words,
     read_answer,
@@ -31,7 +31,7 @@ CONNECT_S = 30.0
 """Longest time for a connection: a host that does not answer is an outage, not a slow row."""
 BUSY = (429, 503, 529)
 OF_THE_ROW = {400: RowReason.refused, 413: RowReason.refused, 422: RowReason.refused, 408: RowReason.timeout}
-LEAST_HIDDEN_KEY = 12
+MIN_HIDDEN_KEY = 12
 """A shorter key is a placeholder for servers that want any (``EMPTY``), and may well be a word of the text."""
 
 
@@ -133,13 +133,13 @@ class ChatCompletions:
             async for part in response.aiter_raw():
                 parts.append(part)
                 size += len(part)
-                if size > MOST_ANSWER_BYTES:
-                    raise MalformedError(f"the answer is longer than {MOST_ANSWER_BYTES >> 20} MiB")
+                if size > MAX_ANSWER_BYTES:
+                    raise MalformedError(f"the answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
             return response.status_code, response.headers, b"".join(parts)
 
     def _read(self, request: Request, status: int, headers: httpx.Headers, body: bytes) -> Completion:
         """The answer that came with a status; every other status is the row's fault, or asks for patience, or ends."""
-        if self._key and len(self._key) >= LEAST_HIDDEN_KEY:
+        if self._key and len(self._key) >= MIN_HIDDEN_KEY:
             body = body.replace(self._key.encode(), b"***")  # it is written down and shown
         if status == 200:
             return read_answer(body, prompt_tokens=self.count_tokens(request), completion_tokens=request.max_tokens)

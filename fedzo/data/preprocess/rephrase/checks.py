@@ -11,10 +11,11 @@ from itertools import groupby
 
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
+from fedzo.data.preprocess.rephrase.numbers import numbers
 from fedzo.data.preprocess.rephrase.prompts import Prompts
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
-from fedzo.data.preprocess.rephrase.words import folded, holds, names, numbers, phrases, spaceless, words
 from fedzo.data.tasks import answers_in
+from fedzo.data.words import folded, holds, names, phrases, spaceless, words
 
 _OUTER = " \t\r\n\v\f\u00a0\u200b\ufeff\u2028\u2029\u3000"
 _NOTHING = frozenset({"", "none", "null", "nil", "nan", "n/a", "undefined", "[]", "{}", '""', "''"})
@@ -45,7 +46,7 @@ _TOLD = "right answer"  # a line of the prompt, as each column is
 _OF_LABEL = re.compile(r"^(?:new|updated|final|rewritten|rephrased|revised|reworded|paraphrased) | ?\([^()]*\)$")
 _MARKUP = ("{", "[", "<", "```")
 _HEAD = 200
-_MOST_TIMES, _MOST_SIGNS = 20, 10_000
+_MAX_TIMES, _MAX_SIGNS = 20, 10_000
 
 _ECHOED_WORDS, _ECHOED_SIGNS = 6, 20
 _STEM = 5
@@ -112,8 +113,8 @@ def check(
     """
     column, others = prompts.column, prompts.task.others(prompts.column)
     original = str(row[column]).strip(_OUTER)
-    if len(answer) > _MOST_TIMES * len(original) + _MOST_SIGNS:
-        return Checked(answer[:_MOST_SIGNS], Check.truncated if truncated else Check.length)
+    if len(answer) > _MAX_TIMES * len(original) + _MAX_SIGNS:
+        return Checked(answer[:_MAX_SIGNS], Check.truncated if truncated else Check.length)
     text, led = _cleaned(answer, original, column, {*map(folded, others), _TOLD} - {folded(column)})
     same = text == original
     faults: dict[Check, Callable[[_Case], bool]] = {
@@ -208,7 +209,7 @@ def _has_stray_quotes(case: _Case) -> bool:
 
 def _has_wrong_length(case: _Case) -> bool:
     new, old, rules = len(case.new), len(case.old), case.rules
-    return not rules.least_length * old <= new <= max(rules.most_length * old, old + rules.most_more_words)
+    return not rules.min_length_ratio * old <= new <= max(rules.max_length_ratio * old, old + rules.max_extra_words)
 
 
 def _loops(case: _Case) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
 
 _KEY = "preprocess.oat_rephrase"
-MOST_ATTEMPTS = 10
+MAX_ATTEMPTS = 10
 """Most rewrites of a row that a run may ask a site's endpoint for, which the site pays for."""
 
 
@@ -70,11 +70,11 @@ class OatRephraseConfig(StageConfig):
     """SHA-256 of a set of rewrites from elsewhere, as ``fedzo rephrase import`` prints it. Empty = the rewriter's."""
     checks: list[Check] = field(default_factory=lambda: list(Check))
     """What a rewrite must pass before the judge sees it."""
-    least_length: float = 0.4
+    min_length_ratio: float = 0.4
     """Fewest words of a rewrite, as a multiple of the original's. A guess: the paper has no such rule."""
-    most_length: float = 2.0
-    """Most words of a rewrite, as a multiple of the original's, or ``most_more_words`` more. A guess, too."""
-    most_more_words: int = 6
+    max_length_ratio: float = 2.0
+    """Most words of a rewrite, as a multiple of the original's, or ``max_extra_words`` more. A guess, too."""
+    max_extra_words: int = 6
     """How many words a rewrite may have more than the original however short that is."""
     max_attempts: int = 1
     """Rewrites that are asked for until one is accepted, 10 at most; 1 is what the paper's authors do."""
@@ -112,18 +112,21 @@ class OatRephraseConfig(StageConfig):
                     f"{_KEY}.{key}", "be 64 hexadecimal digits, or empty", digest, "Leave it out, or copy it."
                 )
         yield from at_least(f"{_KEY}.max_attempts", self.max_attempts, 1, "1 is one rewrite a row.")
-        if self.max_attempts > MOST_ATTEMPTS:
+        if self.max_attempts > MAX_ATTEMPTS:
             remedy = "Lower it: each one is a call that a site pays for."
-            yield problem(f"{_KEY}.max_attempts", f"be <= {MOST_ATTEMPTS}", self.max_attempts, remedy)
+            yield problem(f"{_KEY}.max_attempts", f"be <= {MAX_ATTEMPTS}", self.max_attempts, remedy)
         yield from at_least(f"{_KEY}.gate_pairs", self.gate_pairs, 1, "Or leave it out.")
-        yield from at_least(f"{_KEY}.most_more_words", self.most_more_words, 0, "Or leave it out.")
+        yield from at_least(f"{_KEY}.max_extra_words", self.max_extra_words, 0, "Or leave it out.")
         for key in ("gate_share", "gate_order_points"):
             if not 0 <= getattr(self, key) <= 1:
                 yield problem(f"{_KEY}.{key}", "be from 0 to 1", getattr(self, key), "Or leave it out.")
-        if not 0 <= self.least_length <= 1 <= self.most_length:
-            bounds = [self.least_length, self.most_length]
+        if not 0 <= self.min_length_ratio <= 1 <= self.max_length_ratio:
+            bounds = [self.min_length_ratio, self.max_length_ratio]
             yield problem(
-                f"{_KEY}.least_length", "be from 0 to 1, and most_length at least 1", bounds, "Or leave both out."
+                f"{_KEY}.min_length_ratio",
+                "be from 0 to 1, and max_length_ratio at least 1",
+                bounds,
+                "Or leave both out.",
             )
 
     def site_problems(self, rewriter: RewriterConfig) -> Iterator[Problem]:

@@ -21,18 +21,18 @@ from fedzo.data.preprocess.backend import (
     RowReason,
 )
 from fedzo.data.preprocess.rephrase.caller import Caller
-from fedzo.data.preprocess.rephrase.checks import Checked, check, lacks_anchor
+from fedzo.data.preprocess.rephrase.checks import check, lacks_anchor
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
 from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts, label_of
 from fedzo.data.preprocess.rephrase.results import row_digest
 from fedzo.errors import ConfigError
 from fedzo.records.rephrase import RowOutcome
-from fedzo.system import OnProgress, untold
+from fedzo.system import OnProgress, no_progress
 
 ROWS_AT_ONCE = 64
 """Rows that go through rewriter and judge together; what a progress bar moves by."""
-MOST_FAILED = 0.2
+MAX_FAILED = 0.2
 """Share of rows above which a set is none (a guess); a single row never is: its fault may be its own."""
 _RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the first; the seeds of all differ
 JUDGE_TOKENS = 128
@@ -54,20 +54,23 @@ class Attempt:
     """What is known of one row.
 
     Attributes:
+        digest: Of the row.
         row: As it was.
         label: Index of the right answer; None where it is written.
         outcome: What became of it; None while that is open.
         refused: The last rewrite that was not accepted, as a person may read it.
         failed: Whether the endpoint gave no answer in its last call, a cut off or a blank one.
+        reason: Why the last rewrite was not accepted; empty where nothing speaks against it.
+        model: What the last answer of the rewriter says that it is from.
     """
 
+    digest: str
     row: Row
     label: int | None
     outcome: RowOutcome | None = None
     refused: str = ""
     failed: bool = False
     reason: str = ""
-    checked: Checked | None = None
     model: str = ""
 
     @property
@@ -96,7 +99,7 @@ class Course:
     caller: Caller
     rewriter: RewriterConfig
 
-    def run(self, attempts: Mapping[str, Attempt], on_progress: OnProgress = untold, *, beside: int = 0) -> None:
+    def run(self, attempts: Mapping[str, Attempt], on_progress: OnProgress = no_progress, *, beside: int = 0) -> None:
         """Rewrite the rows whose outcome is open; each has one at the end.
 
         Args:
@@ -108,12 +111,12 @@ class Course:
             EndpointError: The endpoint cannot be used, failed too many rows, or a budget is spent. Its answers so far
                 are kept, so the same call goes on from there.
         """
-        waiting = [(digest, each) for digest, each in attempts.items() if each.outcome is None]
+        waiting = [each for each in attempts.values() if each.outcome is None]
         for first in range(0, len(waiting), ROWS_AT_ONCE):
-            some = dict(waiting[first : first + ROWS_AT_ONCE])
+            some = waiting[first : first + ROWS_AT_ONCE]
             done = functools.partial(_tell, on_progress, first / len(waiting), len(some) / len(waiting), len(attempts))
             self._rewrite(some, done)
-            _check_failed([each for _, each in waiting[: first + len(some)]], beside, self.caller.totals.said)
+            _check_failed(waiting[: first + len(some)], beside, self.caller.totals.said)
         on_progress(len(attempts), len(attempts))
 
     def check_rows(self, rows: Sequence[Row]) -> dict[str, Attempt]:
@@ -128,13 +131,13 @@ class Course:
         for number, row in enumerate(rows):
             if (digest := row_digest(row)) not in attempts:
                 label = label_of(row, self.prompts, self.task, where=f"row {number}")
-                each = attempts[digest] = Attempt(row, label)
+                each = attempts[digest] = Attempt(digest, row, label)
                 if anchored and lacks_anchor(row, self.prompts.task, self.prompts.column):
-                    self._keep(digest, each, str(Check.anchors))
+                    self._keep(each, str(Check.anchors))
                 elif not all(map(self._has_room, self.requests(row))):
-                    self._keep(digest, each, TOO_LONG)
+                    self._keep(each, TOO_LONG)
         long = [each.row for each in attempts.values() if each.is_too_long]
-        if len(long) > 1 and len(long) > MOST_FAILED * len(attempts):
+        if len(long) > 1 and len(long) > MAX_FAILED * len(attempts):
             number = next(number for number, row in enumerate(rows) if row is long[0])
             for request in self.requests(long[0]):
                 self.check_context(request, f"row {number}")
@@ -144,7 +147,7 @@ class Course:
         """Raise ``ConfigError`` where a prompt and its answer are longer than the site or the model allows."""
         if self._has_room(request):
             return
-        tokens, most = self.backend.count_tokens(request), self._most_tokens(request.model)
+        tokens, most = self.backend.count_tokens(request), self._max_tokens(request.model)
         short = most < self.rewriter.context_tokens
         remedy = "Take a model that can read more" if short else "Raise it if the model can read more"
         raise ConfigError(
@@ -154,9 +157,9 @@ class Course:
         )
 
     def _has_room(self, request: Request) -> bool:
-        return self.backend.count_tokens(request) + request.max_tokens <= self._most_tokens(request.model)
+        return self.backend.count_tokens(request) + request.max_tokens <= self._max_tokens(request.model)
 
-    def _most_tokens(self, model: str) -> int:
+    def _max_tokens(self, model: str) -> int:
         room = self.backend.room(model)
         return self.rewriter.context_tokens if room is None else min(room, self.rewriter.context_tokens)
 
@@ -177,67 +180,62 @@ class Course:
         messages, schema = self.prompts.judge(row, rewrite, order), self.prompts.judge_schema(order)
         return Request(messages, self.rewriter.judge, 0.0, seed=0, max_tokens=self.judge_tokens, schema=schema)
 
-    def _rewrite(self, attempts: Mapping[str, Attempt], on_share: Callable[[float], None]) -> None:
+    def _rewrite(self, attempts: Sequence[Attempt], on_share: Callable[[float], None]) -> None:
         """All attempts at some rows: those that failed are asked again, as often as the recipe says."""
         for number in range(self.config.max_attempts):
-            open_ones = {digest: each for digest, each in attempts.items() if each.outcome is None}
-            if not open_ones:
+            waiting = [each for each in attempts if each.outcome is None]
+            if not waiting:
                 break
-            asked = [self._rewrite_request(each.row, each.label, attempt=number) for each in open_ones.values()]
+            asked = [self._rewrite_request(each.row, each.label, attempt=number) for each in waiting]
             answers = self.caller.answer(asked, lambda done, total: on_share(done / total / 2))
-            for (digest, each), answer in zip(open_ones.items(), answers, strict=True):
-                self._check(digest, each, answer)
-            if self.config.judged:
-                self._judge(attempts, on_share)
-            for digest, each in attempts.items():
-                if each.outcome is None and each.checked is not None and not each.reason:
-                    each.outcome = outcome_of(digest, self.prompts.column, each.checked.text, model=each.model)
-        for digest, each in attempts.items():
+            checked = [(each, self._checked(each, answer)) for each, answer in zip(waiting, answers, strict=True)]
+            passed = [(each, text) for each, text in checked if text is not None]
+            if passed and self.config.judged:
+                self._judge(passed, on_share)
+            for each, text in passed:
+                if each.outcome is None and not each.reason:
+                    each.outcome = outcome_of(each.digest, self.prompts.column, text, model=each.model)
+        for each in attempts:
             if each.outcome is None:
-                self._keep(digest, each, each.reason)
+                self._keep(each, each.reason)
 
-    def _check(self, digest: str, each: Attempt, answer: Completion | RowFault) -> None:
-        each.checked, each.reason, each.failed = None, "", _is_failure(answer)
+    def _checked(self, each: Attempt, answer: Completion | RowFault) -> str | None:
+        """The text of an answer that passes the checks; None where it does not, or is the original."""
+        each.reason, each.failed = "", _is_failure(answer)
         if isinstance(answer, RowFault):
             each.reason = f"{_CALL}{answer.reason}"
-            return
+            return None
         each.model = answer.model
         checked = check(
             answer.text, each.row, each.label, prompts=self.prompts, rules=self.config, truncated=answer.truncated
         )
         if checked.fault is not None:
             each.reason, each.refused = str(checked.fault), answer.text
-        elif checked.text == str(each.row[self.prompts.column]).strip():
-            self._keep(digest, each, IDENTICAL)
-        else:
-            each.checked = checked
+            return None
+        if checked.text == str(each.row[self.prompts.column]).strip():
+            self._keep(each, IDENTICAL)
+            return None
+        return checked.text
 
-    def _judge(self, attempts: Mapping[str, Attempt], on_share: Callable[[float], None]) -> None:
+    def _judge(self, passed: Sequence[tuple[Attempt, str]], on_share: Callable[[float], None]) -> None:
         """Ask for each rewrite, and for the original beside itself: a judge that fails there says nothing of it."""
-        judged = [
-            (digest, each, each.checked)
-            for digest, each in attempts.items()
-            if each.outcome is None and each.checked is not None
-        ]
-        if not judged:
-            return
         column, labels = self.prompts.column, self.prompts.labels
-        asked = [self.judge_request(each.row, str(each.row[column])) for _, each, _ in judged]
-        asked += [self.judge_request(each.row, checked.text) for _, each, checked in judged]
+        asked = [self.judge_request(each.row, str(each.row[column])) for each, _ in passed]
+        asked += [self.judge_request(each.row, text) for each, text in passed]
         answers = self.caller.answer(asked, lambda done, total: on_share(0.5 + done / total / 2))
-        of_original, of_rewrite = answers[: len(judged)], answers[len(judged) :]
-        for (digest, each, checked), own, other in zip(judged, of_original, of_rewrite, strict=True):
+        of_original, of_rewrite = answers[: len(passed)], answers[len(passed) :]
+        for (each, text), own, other in zip(passed, of_original, of_rewrite, strict=True):
             each.failed = _is_failure(own) or _is_failure(other)
             verdict = verdict_of(own, labels)
             each.reason = why_not(verdict, verdict_of(other, labels))
             if each.reason:
-                each.refused = checked.text
+                each.refused = text
             if each.reason == _ORIGINAL or (each.reason == _UNREAD and verdict is None):
-                self._keep(digest, each, each.reason)  # whatever the rewrite: this verdict stays the same
+                self._keep(each, each.reason)  # whatever the rewrite: this verdict stays the same
 
-    def _keep(self, digest: str, each: Attempt, reason: str) -> None:
-        column = self.prompts.column
-        each.outcome = outcome_of(digest, column, str(each.row[column]), reason=reason, model=each.model)
+    def _keep(self, each: Attempt, reason: str) -> None:
+        text = str(each.row[self.prompts.column])
+        each.outcome = outcome_of(each.digest, self.prompts.column, text, reason=reason, model=each.model)
 
     def _rewrite_request(self, row: Row, label: int | None, *, attempt: int) -> Request:
         temperature = min(attempt, 1) * _RAISE_TEMPERATURE
@@ -259,14 +257,14 @@ def _is_failure(answer: Completion | RowFault) -> bool:
 def _check_failed(attempts: Sequence[Attempt], beside: int, said: Mapping[str, str]) -> None:
     """Raise ``EndpointError`` where the endpoint failed too many of the rows that are done."""
     failed, done = [each for each in attempts if each.failed], len(attempts) + beside
-    if len(failed) < 2 or len(failed) <= MOST_FAILED * done:
+    if len(failed) < 2 or len(failed) <= MAX_FAILED * done:
         return
     reasons = ", ".join(
         f"{number} {reason}" for reason, number in Counter(each.reason for each in failed).most_common()
     )
     words = f"; {'; '.join(said.values())}" if said else ""
     raise EndpointError(
-        f"oat_rephrase: the endpoint must answer for at least {1 - MOST_FAILED:.0%} of the rows, but failed "
+        f"oat_rephrase: the endpoint must answer for at least {1 - MAX_FAILED:.0%} of the rows, but failed "
         f"{len(failed)} of {done} ({reasons}{words}). Correct the endpoint, its model, rewriter.timeout_s or "
         "rewriter.max_tokens, and start again: its answers are kept, and what failed is asked again."
     )
@@ -284,14 +282,15 @@ def why_not(own: Verdict | RowFault | None, other: Verdict | RowFault | None) ->
         own: What it says of the original beside itself.
         other: What it says of the rewrite.
     """
-    for answer in (own, other):
-        if isinstance(answer, RowFault):
-            return f"{_JUDGE}{answer.reason}"
+    if isinstance(own, RowFault):
+        return f"{_JUDGE}{own.reason}"
+    if isinstance(other, RowFault):
+        return f"{_JUDGE}{other.reason}"
     if own is None or other is None:
         return _UNREAD
-    if not isinstance(own, Verdict) or not own.same:
+    if not own.same:
         return _ORIGINAL
-    if not isinstance(other, Verdict) or not other.same:
+    if not other.same:
         return _DIFFERENT
     return _LABEL if own.label != other.label else ""
 

@@ -147,3 +147,9 @@ _FUNCTION = (
 )
 FUNCTION_WORDS = frozenset(_FUNCTION.split())
 """Words that begin a sentence and are no name."""
+_ORDINARY = (
+    "A After An As At Before He Her His In It Its My On One Our She That The Their There These They This Those We When "
+    "You Your"
+)
+ORDINARY_WORDS = frozenset(_ORDINARY.split())
+"""Those of them that are put in lower case where the text stands within a sentence."""

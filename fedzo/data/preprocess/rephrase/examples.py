@@ -12,14 +12,14 @@ from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row, read_located
 from fedzo.data.preprocess.rephrase.prompts import Example
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
-from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.data.tasks import answers_in, right_label
+from fedzo.data.words import is_utf8
 from fedzo.errors import ConfigError
 from fedzo.records.folder import replace_file
 
 ACCEPT, REWRITE = "accept", "rewrite"
 """Columns of the table beside the task's own."""
-MOST_EXAMPLES = 40
+MAX_EXAMPLES = 40
 
 
 def columns_of(task: TaskConfig, told: RephraseTask, column: str) -> list[str]:
@@ -71,9 +71,9 @@ def read_examples(file: Path, task: TaskConfig, told: RephraseTask, column: str)
             )
         label = right_label(row, task)
         examples.append(Example({name: row[name] for name in (column, *told.others(column))}, label, text))
-    if not 1 <= len(examples) <= MOST_EXAMPLES:
+    if not 1 <= len(examples) <= MAX_EXAMPLES:
         raise ConfigError(
-            f"{file}: 1 to {MOST_EXAMPLES} rows must be accepted, got {len(examples)}. Write yes into the column "
+            f"{file}: 1 to {MAX_EXAMPLES} rows must be accepted, got {len(examples)}. Write yes into the column "
             f"{ACCEPT!r} of rows whose rewrite is right."
         )
     return tuple(examples)

@@ -8,14 +8,14 @@ whole set. Both were counted on published sets (docs/how-to-rephrase-data.md).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.checks import leaked_words
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
-from fedzo.data.preprocess.rephrase.words import words
+from fedzo.data.words import words
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,8 @@ class SetFigures:
             lengths.append((len(before), len(after)))
             if (truth := label_of(row)) is None:
                 continue
-            leaking = {
-                answer for answer in _answers(task) if leaked_words(text, original, row=row, task=task, label=answer)
-            }
+            answers = range(len(task.choices or task.answer_words))
+            leaking = {each for each in answers if leaked_words(text, original, row=row, task=task, label=each)}
             right += truth in leaking
             wrong += bool(leaking - {truth})
             # The question of a choice is no text beside the rewritten one, so nothing is shared there.
@@ -90,7 +89,3 @@ class SetFigures:
             {truth: Overlap(len(each), *map(fmean, zip(*each, strict=True))) for truth, each in sorted(shares.items())},
             *(map(fmean, zip(*lengths, strict=True)) if lengths else (0.0, 0.0)),
         )
-
-
-def _answers(task: RephraseTask) -> Iterator[int]:
-    yield from range(len(task.choices or task.answer_words))

@@ -19,7 +19,7 @@ from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.data.preprocess.rephrase.results import row_digest
 from fedzo.errors import ConfigError
 from fedzo.records.decode import read_record, to_json
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import make_folder, replace_file
 from fedzo.records.rephrase import Interval, JudgeTest, PairCounts
 from fedzo.system import OnProgress
 
@@ -85,12 +85,9 @@ def summarise(pairs: Sequence[Pair], orders: tuple[Verdicts, Verdicts], *, judge
     said = [[isinstance(verdict, Verdict) and verdict.same for verdict in verdicts] for verdicts in orders]
     alike = [number for number, pair in enumerate(pairs) if pair.same]
     other = [number for number, pair in enumerate(pairs) if not pair.same]
-    sensitivity = min(
-        (_wilson(sum(order[k] for k in alike), len(alike)) for order in said), key=lambda each: each.share
-    )
-    specificity = min(
-        (_wilson(sum(not order[k] for k in other), len(other)) for order in said), key=lambda each: each.share
-    )
+    # of the order in which the judge does worse
+    sensitivity = _wilson(min(sum(order[k] for k in alike) for order in said), len(alike))
+    specificity = _wilson(min(sum(not order[k] for k in other) for order in said), len(other))
     first = sum(a and not b for a, b in zip(*said, strict=True))
     second = sum(b and not a for a, b in zip(*said, strict=True))
     points, high = _paired(first, second, len(pairs))
@@ -145,18 +142,18 @@ def few_pairs(test: JudgeTest, config: OatRephraseConfig) -> str:
     return f"Fewer than {config.gate_pairs} pairs were seen of these kinds: {', '.join(few)}." if few else ""
 
 
-def keep(test: JudgeTest, folder: Path, *, least_pairs: int = 0) -> Path:
+def keep(test: JudgeTest, folder: Path, *, min_pairs: int = 0) -> Path:
     """Write a test where ``find`` and ``find_test`` look for it; returns the file of the first.
 
     The first file is the judge's last test, the second stays: results that were judged after this test name it. A test
-    on fewer than ``least_pairs`` does not take the place of one on enough.
+    on fewer than ``min_pairs`` does not take the place of one on enough.
     """
     file, own = folder / _FOLDER / f"{test.judge}.json", folder / _TESTS / f"{judge_test_digest(test)}.json"
     last = find(folder, test.judge)
-    if last is not None and min(_numbers(test)) < least_pairs <= min(_numbers(last)):
+    if last is not None and min(_numbers(test)) < min_pairs <= min(_numbers(last)):
         file = own
     for each in dict.fromkeys((own, file)):
-        each.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(each.parent)
         replace_file(each, to_json(test) + "\n", durable=True, mode=0o600)
     return file
 

@@ -10,7 +10,7 @@ from fedzo.data.preprocess.backend import Completion, RowFault, RowReason
 from fedzo.data.preprocess.rephrase.prompts import DIFFERENT, SAME
 
 _LITERAL = {SAME: SAME, "not the same": DIFFERENT}
-_MOST_CHARS = 10_000
+_MAX_CHARS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def read_verdict(text: str, labels: Sequence[str]) -> Verdict | None:
         labels: What the label may be; empty for a task without labels.
     """
     whole = text.strip()
-    if len(whole) > _MOST_CHARS:
+    if len(whole) > _MAX_CHARS:
         return None
     literal = _LITERAL.get(" ".join(whole.removesuffix(".").casefold().split()))
     if literal is not None:

@@ -16,7 +16,7 @@ from fedzo.errors import ConfigError, Problem, at_least, positive, problem
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
 
-MOST_CONCURRENCY = 256
+MAX_CONCURRENCY = 256
 _VARIABLE = re.compile("[A-Z_][A-Z0-9_]{0,99}")  # no small letters: a key put here by mistake often has some
 
 
@@ -48,8 +48,8 @@ class OpenAICompatibleConfig(RewriterConfig):
                 "else (not shown: it may be a key). Write the name, and put the key into the variable.",
             )
         yield from at_least("rewriter.concurrency", self.concurrency, 1, "Write 1 for one call after the other.")
-        if self.concurrency > MOST_CONCURRENCY:
-            yield problem("rewriter.concurrency", f"be <= {MOST_CONCURRENCY}", self.concurrency, "Lower it.")
+        if self.concurrency > MAX_CONCURRENCY:
+            yield problem("rewriter.concurrency", f"be <= {MAX_CONCURRENCY}", self.concurrency, "Lower it.")
         yield from positive("rewriter.timeout_s", self.timeout_s, "Write seconds.")
 
 

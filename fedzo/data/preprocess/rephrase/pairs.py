@@ -20,6 +20,7 @@ from fedzo.data.preprocess.rephrase.english import (
     NOT_FRAMES,
     NUMBER,
     NUMBER_WORD,
+    ORDINARY_WORDS,
     OTHER_NUMBERS,
     PAST,
     PERSON,
@@ -131,14 +132,14 @@ def make_pairs(rows: Sequence[Row], column: str, examples: Sequence[Example], *,
     """
     shown = {str(each.row[column]).strip() for each in examples}
     rows = [row for row in rows if str(row[column]).strip() not in shown]
-    kinds: dict[str, Iterator[Pair]] = {
-        "identical": _made(rows, column, "identical", lambda text, _: text),
-        "paraphrased": _made(rows, column, "paraphrased", paraphrased),
-        "negated": _made(rows, column, "negated", negated),
-        "swapped": _made(rows, column, "swapped", swapped),
-        "other row": _others(rows, column),
-    }
-    return [pair for made in kinds.values() for _, pair in zip(range(most), made, strict=False)]
+    kinds = (
+        _made(rows, column, "identical", lambda text, _: text),
+        _made(rows, column, "paraphrased", paraphrased),
+        _made(rows, column, "negated", negated),
+        _made(rows, column, "swapped", swapped),
+        _others(rows, column),
+    )
+    return [pair for made in kinds for _, pair in zip(range(most), made, strict=False)]
 
 
 def _made(rows: Sequence[Row], column: str, kind: str, make: Callable[[str, int], str | None]) -> Iterator[Pair]:
@@ -161,22 +162,4 @@ def _capital(text: str) -> str:
 
 def _lower_first(text: str) -> str:
     """The text to stand within a sentence: a first word that is no name or ``I`` begins in lower case."""
-    first = text.split(" ", 1)[0]
-    ordinary = {"The", "A", "An", "It", "He", "She", "They", "We", "You", "This", "That", "These", "Those", "My", "Her"}
-    ordinary |= {
-        "His",
-        "Their",
-        "Our",
-        "Your",
-        "There",
-        "In",
-        "On",
-        "At",
-        "After",
-        "Before",
-        "When",
-        "As",
-        "Its",
-        "One",
-    }
-    return text[:1].lower() + text[1:] if first in ordinary else text
+    return text[:1].lower() + text[1:] if text.split(" ", 1)[0] in ORDINARY_WORDS else text

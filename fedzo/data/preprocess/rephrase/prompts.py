@@ -19,8 +19,8 @@ from fedzo.data.files import Row
 from fedzo.data.preprocess.backend import Message
 from fedzo.data.preprocess.rephrase.config import Style
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
-from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.data.tasks import answers_in, right_label
+from fedzo.data.words import is_utf8
 from fedzo.errors import ConfigError, printable
 
 SAME, DIFFERENT = "same", "different"

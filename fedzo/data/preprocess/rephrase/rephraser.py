@@ -25,7 +25,7 @@ from fedzo.data.preprocess.rephrase.store import Store
 from fedzo.data.preprocess.rephrase.tasks import rephrase_task
 from fedzo.errors import ConfigError, FolderInUseError, printable
 from fedzo.records.decode import read_record, to_json
-from fedzo.records.folder import replace_file, told_as
+from fedzo.records.folder import raised_as, replace_file
 from fedzo.records.rephrase import JudgeTest, Manifest, RowOutcome
 from fedzo.system import OnProgress
 
@@ -196,7 +196,7 @@ class Rephraser:
         """
         file = self.results.file_of_set(outcomes, ".manifest.json")
         rule = f"{file}: it must be readable and writable"
-        with told_as(ConfigError, rule, "Make room, or choose another rewriter.store."):
+        with raised_as(ConfigError, rule, "Make room, or choose another rewriter.store."):
             if used is None and file.exists():
                 return file
             took, remedy = used or Used(), "Remove the file: it is written anew."

@@ -18,11 +18,10 @@ from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, to_json
-from fedzo.records.folder import folder_of_one_process, replace_file, told_as
+from fedzo.records.folder import folder_of_one_process, make_folder, raised_as, replace_file
 from fedzo.records.rephrase import RowOutcome
 
 _FOLDER = "results"
-_LATER = ("about", "meanings", "shown")  # keys that earlier versions of fedzo did not have
 
 
 def row_digest(row: Row) -> str:
@@ -39,12 +38,11 @@ def set_digest(outcomes: Iterable[RowOutcome]) -> str:
 def recipe_digest(config: OatRephraseConfig, task: TaskConfig) -> str:
     """Digest of a recipe whose prompts are known, and of which label has which meaning: others make other results.
 
-    Of a task that the recipe tells of, the candidates count as well: the check for leaks looks for their words. What
-    is left to the code is no part of it, so that results of earlier versions of fedzo are found.
+    Of a task that the recipe tells of, the candidates count as well: the check for leaks looks for their words.
     """
     if not config.prompt:
         raise ValueError("the digest of the prompts must be filled in first")
-    plain = {key: value for key, value in asdict(config).items() if value or key not in _LATER}
+    plain = asdict(config)
     if task.labels or config.meanings:
         plain["labels"] = [task.label, *task.labels]
     if config.meanings:
@@ -110,8 +108,10 @@ class Results:
             FolderInUseError: Another process writes there.
             ConfigError: The file cannot be written.
         """
-        with told_as(ConfigError, f"{self.file}: it must be writable", "Make room, or choose another rewriter.store."):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+        with raised_as(
+            ConfigError, f"{self.file}: it must be writable", "Make room, or choose another rewriter.store."
+        ):
+            make_folder(self.file.parent)
             with folder_of_one_process(self.file.parent):
                 if instead := set(instead):
                     last = int(older[-1].stem[-4:]) if (older := self.older()) else 0  # a site may remove some

@@ -46,7 +46,7 @@ class _Line:
     completion_tokens: TokenCount
 
 
-def request_key(request: Request, *, model: str, with_limit: bool = False) -> str:
+def request_key(request: Request, *, model: str) -> str:
     """SHA-256 of all that decides a whole answer: the model, the sampling, the chat and the schema.
 
     The limit of tokens is no part of it: only whole answers are kept, and those did not reach it.
@@ -54,7 +54,6 @@ def request_key(request: Request, *, model: str, with_limit: bool = False) -> st
     Args:
         request: The request. Its seed counts only where something is sampled.
         model: ``Backend.fingerprint`` of its model.
-        with_limit: As earlier versions of fedzo did, for which the limit was a part.
     """
     asked = {
         "model": model,
@@ -62,7 +61,7 @@ def request_key(request: Request, *, model: str, with_limit: bool = False) -> st
         "seed": request.seed if request.temperature > 0 else None,
         "messages": [[message.role, message.content] for message in request.messages],
         "schema": request.schema,
-    } | ({"max_tokens": request.max_tokens} if with_limit else {})
+    }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.preprocess.rephrase.words import is_utf8, words
-from fedzo.data.tasks import PREPARATIONS, answer_columns, columns_used
+from fedzo.data.tasks import FIELD, PREPARATIONS, answer_columns, columns_used
+from fedzo.data.words import is_utf8, words
 from fedzo.errors import ConfigError, Problem, problem
 
-MOST_ABOUT, MOST_MEANING = 1000, 200
+MAX_ABOUT, MAX_MEANING = 1000, 200
 """Most characters of what a recipe says of a task and of a label: each prompt holds them, and the site pays for it."""
 _KEY = "preprocess.oat_rephrase"
-_FIELD = re.compile(r"\{(\w[\w .-]*)\}")  # as in the templates of tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ class RephraseTask:
 
     def meaning(self, label: int, row: Row) -> str:
         """What a label means, with the row's text where it names a column."""
-        return _FIELD.sub(lambda match: str(row[match[1]]), self.labels[label])
+        return FIELD.sub(lambda match: str(row[match[1]]), self.labels[label])
 
 
 _ENTAILED = ("yes", "true", "entailment", "entails", "entailed")
@@ -207,7 +205,7 @@ def told_problems(task: TaskConfig, recipe: OatRephraseConfig) -> Iterator[Probl
     if not is_known and not recipe.about:
         yield _untold(task)
         return
-    for key, texts, most in (("about", [recipe.about], MOST_ABOUT), ("meanings", recipe.meanings, MOST_MEANING)):
+    for key, texts, most in (("about", [recipe.about], MAX_ABOUT), ("meanings", recipe.meanings, MAX_MEANING)):
         if any(len(each) > most or len(each.splitlines()) > 1 or not is_utf8(each) for each in texts):
             rule = f"be one line of at most {most} characters"
             yield problem(f"{_KEY}.{key}", rule, getattr(recipe, key), "Correct it.")
@@ -230,7 +228,7 @@ def told_problems(task: TaskConfig, recipe: OatRephraseConfig) -> Iterator[Probl
     if any(each not in readable for each in recipe.shown):
         rule = f"hold columns that the task reads ({', '.join(readable)}), no label"
         yield problem(f"{_KEY}.shown", rule, recipe.shown, "Others are sent to nobody.")
-    named = {name for each in told.labels for name in _FIELD.findall(each)}
+    named = {name for each in told.labels for name in FIELD.findall(each)}
     if hidden := sorted(named - {column, *told.others(column)}):
         rule = f"name columns in braces that the prompts show ({', '.join((column, *told.others(column)))})"
         yield problem(f"{_KEY}.meanings", rule, hidden, f"Add them to {_KEY}.shown, or take the braces off.")
@@ -269,8 +267,8 @@ def _told(task: TaskConfig, recipe: OatRephraseConfig) -> RephraseTask:
 def _guessed(task: TaskConfig, recipe: OatRephraseConfig) -> RephraseTask:
     """What a task's columns and answers say of it; of a known name also the columns whose text must stay."""
     named, columns, candidates = TASKS.get(task.name), tuple(_columns(task)), _candidates(task)
-    choices = tuple(found[1] for each in candidates if (found := _FIELD.fullmatch(each.strip())))
-    is_filled = any(_FIELD.search(each) for each in candidates)  # other words in each row
+    choices = tuple(found[1] for each in candidates if (found := FIELD.fullmatch(each.strip())))
+    is_filled = any(FIELD.search(each) for each in candidates)  # other words in each row
     written = answer_columns(task)
     blank = PREPARATIONS[task.prepare].may_be_blank if task.prepare is not None else ()
     return RephraseTask(

@@ -91,7 +91,7 @@ class StepPolicyConfig(PluginConfig):
         """Whether the mean of a round makes up for unequal steps."""
         return False
 
-    def most_steps(self, fl: FlConfig) -> int:
+    def max_steps(self, fl: FlConfig) -> int:
         """The most local steps that a client takes in one round."""
         return fl.local_steps
 
@@ -283,7 +283,7 @@ def checked_plan(
     label_counts: Mapping[int, Mapping[str, int]],
     *,
     num_clients: int,
-    most_steps: int,
+    max_steps: int,
 ) -> Plan:
     """A step policy's plan, with steps of every client that its clients will take.
 
@@ -292,7 +292,7 @@ def checked_plan(
         audit: As ``StepPolicy.plan``.
         label_counts: As ``StepPolicy.plan``.
         num_clients: K.
-        most_steps: Most local steps of a client in one round; clients refuse more.
+        max_steps: Most local steps of a client in one round; clients refuse more.
 
     Raises:
         PluginError: It is no plan, or one of other clients or steps.
@@ -302,8 +302,8 @@ def checked_plan(
     if not isinstance(steps, Mapping) or {*steps} != {*range(num_clients)}:
         raise _broken(policy, f"steps of each of the clients 0 to {num_clients - 1}", steps)
     for number in steps.values():
-        if not isinstance(number, int | np.integer) or not 1 <= number <= most_steps:
-            raise _broken(policy, f"whole numbers of steps from 1 to {most_steps}", steps)
+        if not isinstance(number, int | np.integer) or not 1 <= number <= max_steps:
+            raise _broken(policy, f"whole numbers of steps from 1 to {max_steps}", steps)
     return replace(plan, steps={client: int(steps[client]) for client in range(num_clients)})
 
 

@@ -19,7 +19,7 @@ Numbers = npt.NDArray[np.float64]
 TINY = 1e-30
 FEWEST = 3
 """Clients that must have measured a step for "the others" to have a median."""
-_MOST_BELOW = 2.0  # of one step in a CUSUM, in natural logarithms: even a |g| of 0 counts as e**-2 of the others'
+_MAX_BELOW = 2.0  # of one step in a CUSUM, in natural logarithms: even a |g| of 0 counts as e**-2 of the others'
 
 
 class Statistic(StrEnum):
@@ -28,15 +28,16 @@ class Statistic(StrEnum):
     abs_g = "abs_g"
     """|g|, the projected gradient itself; any trainer."""
     gradip = "gradip"
-    """|g xi|, the paper's GradIP: |g| times a factor of the seed; the trainer must have a gradient."""
+    """|g xi|, the size of the paper's GradIP: |g| times a factor of the seed; the trainer must have a gradient."""
 
 
 def magnitudes(line: AuditLine, statistic: Statistic) -> dict[int, Numbers]:
     """The size of every local step of one round, float64 [T_k] of each client.
 
-    ``abs_g``: mean over the probes p of |g[p]|. ``gradip``: |mean over p of g[p] xi[p]|, the paper's statistic; xi is
-    the server's gradient along the direction, the same for every client that shares it. Dropped probes are left out of
-    both means (in the signals of ``fedzo.zo.virtual_path`` they count as 0, as they do in the step itself).
+    ``abs_g``: mean over the probes p of |g[p]|. ``gradip``: |mean over p of g[p] xi[p]|, the size of the paper's
+    statistic; xi is the server's gradient along the direction, the same for every client that shares it. Dropped probes
+    are left out of both means (in the signals of ``fedzo.zo.virtual_path`` they count as 0, as they do in the step
+    itself).
 
     Args:
         line: An audit line; for ``gradip`` its ``xi`` must be there.
@@ -110,7 +111,7 @@ def shortfall(step: Numbers) -> Numbers:
     direction's own.
     """
     logs = np.log(np.maximum(step, TINY))
-    return np.minimum(median_of_others(logs) - logs, _MOST_BELOW)
+    return np.minimum(median_of_others(logs) - logs, _MAX_BELOW)
 
 
 def cusum(before: Numbers, shortfalls: Numbers, *, drift: float) -> Numbers:

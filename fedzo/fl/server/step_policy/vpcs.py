@@ -2,8 +2,10 @@
 
 From the paper: a calibration, the ratio of the initial and the later phase's means, the share of quiet steps, one step
 a round for clients that are taken for extreme. Ours, since neither its text nor its code was found: every threshold and
-length; that both tests must speak against a client; |g| in the place of GradIP, which with one probe a step is g times
-a number that depends on the seed alone, so that it adds noise and nothing of the client; and the level test.
+length; that both tests must speak against a client; absolute values; that the calibration's steps are given up and its
+decision stands; |g| in the place of GradIP, which with one probe a step is g times a number that depends on the seed
+alone, so that it adds noise and nothing of the client; the level test; and ``max_share``, above which nobody is stopped
+early and all take fewer steps.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from fedzo.fl.server.step_policy.statistics import (
     quiet_share,
     ratio,
 )
-from fedzo.records.fields import MOST_STEPS
+from fedzo.records.fields import MAX_STEPS
 from fedzo.records.log import AuditLine
 
 if TYPE_CHECKING:
@@ -117,8 +119,8 @@ class VpcsConfig(EarlyStopConfig):
             if getattr(self, key) < 1:
                 yield problem(f"step_policy.{key}", "be >= 1", getattr(self, key), "20 is the default.")
         least = max(self.initial_steps, 1) + max(self.later_steps, 1)
-        if not least <= self.calibration_steps <= MOST_STEPS:
-            rule = f"be between initial_steps + later_steps ({least}) and {MOST_STEPS}"
+        if not least <= self.calibration_steps <= MAX_STEPS:
+            rule = f"be between initial_steps + later_steps ({least}) and {MAX_STEPS}"
             yield problem("step_policy.calibration_steps", rule, self.calibration_steps, "100 is the default.")
         for key in ("ratio_threshold", "quiet_threshold", "sigma_share", "level_threshold"):
             yield from positive(f"step_policy.{key}", getattr(self, key), "Leave it out for the default.")
@@ -137,7 +139,7 @@ class VpcsConfig(EarlyStopConfig):
             rule = "not be 1 for step_policy=vpcs, whose calibration takes the place of such a warm-up"
             yield problem("server_optimizer.warmup_rounds", rule, 1, "Write 2 to warm up in round 1, or 0.")
 
-    def most_steps(self, fl: FlConfig) -> int:
+    def max_steps(self, fl: FlConfig) -> int:
         return max(fl.local_steps, self.calibration_steps)
 
     def check_start(self, fl: FlConfig, *, has_gradient: bool) -> None:

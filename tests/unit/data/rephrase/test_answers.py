@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.data.preprocess.backend import Completion
-from fedzo.data.preprocess.rephrase.answers import MOST_TEXT, MalformedError, error_words, read_answer, retry_after
+from fedzo.data.preprocess.rephrase.answers import MAX_TEXT, MalformedError, error_words, read_answer, retry_after
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -43,7 +43,7 @@ def _read(body: bytes) -> Completion | None:
         assert len(said) < 1000
         assert said.isprintable()
         return None
-    assert len(answer.text) <= MOST_TEXT
+    assert len(answer.text) <= MAX_TEXT
     answer.text.encode()
     assert 0 <= answer.prompt_tokens <= 1 << 40
     assert 0 <= answer.completion_tokens <= 1 << 40

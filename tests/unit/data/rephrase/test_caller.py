@@ -106,20 +106,19 @@ def test_answers_come_in_order_and_once(echo: Make, client: Make, ask: Make, tmp
     assert RewriterConfig(price_prompt=2.0, price_answer=4.0).cost(70, 35) == pytest.approx((70 * 2 + 35 * 4) / 1e6)
 
 
-def test_an_answer_that_an_earlier_fedzo_kept_under_its_limit_is_found_with_this_limit(
+def test_an_answer_is_kept_under_the_digest_of_what_was_asked_whatever_its_limit(
     scripted: Make, ask: Make, tmp_path: Path
 ) -> None:
-    """The oracle is the text whose digest was the key."""
-    text = '{"max_tokens": 16, "messages": [["user", "Hello"]], "model": "m", "schema": null, "seed": null, '
-    kept = Completion("Hi.", False, "m", 3, 4)
+    """The oracle is the text whose digest is the key: a later fedzo must find what was paid for."""
+    text = '{"messages": [["user", "Hello"]], "model": "m", "schema": null, "seed": null, "temperature": 0.0}'
 
     with Store(tmp_path) as store:
-        store.put(hashlib.sha256((text + '"temperature": 0.0}').encode()).hexdigest(), kept)
+        store.put(hashlib.sha256(text.encode()).hexdigest(), Completion("Hi.", False, "m", 3, 4))
         backend = scripted(lambda request: "asked")
-        same, other = (ask("Hello", max_tokens=limit) for limit in (16, 17))
-        answers = [Caller(backend, store, RewriterConfig()).answer([each])[0] for each in (same, other, same)]
+        requests = [ask("Hello", max_tokens=16), ask("Hello", max_tokens=17), ask("Hello there", max_tokens=16)]
+        answers = [Caller(backend, store, RewriterConfig()).answer([each])[0] for each in requests]
 
-    assert [answer.text for answer in answers] == ["Hi.", "asked", "asked"]
+    assert [answer.text for answer in answers] == ["Hi.", "Hi.", "asked"]
     assert len(backend.asked) == 1
 
 
@@ -140,10 +139,10 @@ def test_faults_keep_their_place_and_are_asked_again(
 @pytest.mark.parametrize(
     ("budget", "calls"),
     [
-        ({"most_calls": 3}, 3),
-        ({"most_tokens": 76}, 4),  # a call takes 15, and may take 12 + 16 before it is made: 3 * 15 + 28 = 73
-        ({"most_tokens": 72}, 3),
-        ({"most_cost": 76e-6, "price_prompt": 1.0, "price_answer": 1.0}, 4),
+        ({"budget_calls": 3}, 3),
+        ({"budget_tokens": 76}, 4),  # a call takes 15, and may take 12 + 16 before it is made: 3 * 15 + 28 = 73
+        ({"budget_tokens": 72}, 3),
+        ({"budget_cost": 76e-6, "price_prompt": 1.0, "price_answer": 1.0}, 4),
     ],
 )
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -155,7 +154,7 @@ def test_a_budget_stops_before_a_call_that_may_exceed_it(
 
     with Store(tmp_path) as store:
         backend = client(endpoint.url, concurrency=concurrency)
-        with pytest.raises(EndpointError, match=rf"budget \(rewriter.most_.*\) does not hold.*: {calls} calls.*Raise"):
+        with pytest.raises(EndpointError, match=rf"\(rewriter\.budget_.*\) does not hold.*: {calls} calls.*Raise"):
             Caller(backend, store, config).answer(requests)
         assert len(endpoint.bodies) == len(store) == calls
         with pytest.raises(EndpointError):
@@ -190,10 +189,10 @@ def test_faults_of_an_outage_that_is_over_stop_no_later_caller(scripted: Make, a
     totals = Totals(calls=40, faults=40)
 
     with Store(tmp_path) as store:
-        caller = Caller(scripted(lambda request: "fine"), store, RewriterConfig(most_calls=75), totals=totals)
+        caller = Caller(scripted(lambda request: "fine"), store, RewriterConfig(budget_calls=75), totals=totals)
         answers = caller.answer([ask(f"row {i}") for i in range(30)])
         assert (len(answers), totals.calls, totals.faults) == (30, 70, 40)
-        with pytest.raises(EndpointError, match="most_calls=75"):
+        with pytest.raises(EndpointError, match="budget_calls=75"):
             caller.answer([ask(f"more {i}") for i in range(30)])
 
 

@@ -282,7 +282,7 @@ def test_proxies_of_the_environment_count_only_if_asked_for(
         ({"concurrency": 0}, "rewriter.concurrency must be >= 1"),
         ({"concurrency": 1000}, "rewriter.concurrency must be <= 256"),
         ({"timeout_s": 0.0}, "rewriter.timeout_s must be > 0"),
-        ({"most_cost": 1.0}, "rewriter.most_cost must be 0 where no price is set"),
+        ({"budget_cost": 1.0}, "rewriter.budget_cost must be 0 where no price is set"),
         ({"context_tokens": 512}, r"rewriter.context_tokens must be > rewriter.max_tokens \(512\)"),
     ],
 )

@@ -139,7 +139,7 @@ def test_a_rewrite_may_be_six_words_longer_however_short_the_original() -> None:
     ("keys", "kept", "refused"),
     [
         ({}, (4, 20), (3, 21)),
-        ({"least_length": 0.5, "most_length": 1.0, "most_more_words": 2}, (5, 12), (4, 13)),
+        ({"min_length_ratio": 0.5, "max_length_ratio": 1.0, "max_extra_words": 2}, (5, 12), (4, 13)),
     ],
 )
 def test_a_rewrite_of_ten_words_has_as_many_as_the_recipe_says(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -337,14 +338,21 @@ def test_kinds_with_few_pairs_are_named(tmp_path: Path) -> None:
         check_gate(tmp_path, "a" * 64, RULES)
 
 
+def test_a_test_that_root_keeps_at_a_site_is_the_sites(tmp_path: Path, given_by_root: Callable[[], set[Path]]) -> None:
+    file = keep(summary([True] * 160, [True] * 160), tmp_path / "new")
+
+    assert file in given_by_root()
+    assert given_by_root() == {*tmp_path.rglob("*")}
+
+
 def test_a_test_on_few_pairs_does_not_take_the_place_of_one_that_was_passed(tmp_path: Path) -> None:
     right = [k < 80 for k in range(160)]
     good = summary(right, right)
     answers: Any = tuple(Verdict(pair.same, None) for pair in PAIRS[70:90])
     short = summarise(PAIRS[70:90], (answers, answers), judge="a" * 64, model="m")
-    keep(good, tmp_path, least_pairs=60)
+    keep(good, tmp_path, min_pairs=60)
 
-    keep(short, tmp_path, least_pairs=60)
+    keep(short, tmp_path, min_pairs=60)
 
     assert check_gate(tmp_path, "a" * 64, RULES) == good
     assert find_test(tmp_path, judge_test_digest(short)) == short

@@ -446,8 +446,8 @@ def test_held_out_dev_and_test_rows_are_the_same_bytes_for_any_backend(
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
         patch.setattr(REWRITERS, "build", lambda config: Scripted(reply))
-        patch.setattr(course_module, "MOST_FAILED", 1.0)
-        patch.setattr(caller_module, "MOST_FAULTS", 1.0)
+        patch.setattr(course_module, "MAX_FAILED", 1.0)
+        patch.setattr(caller_module, "MAX_FAULTS", 1.0)
         (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         before = (folder / "train.jsonl").read_bytes()
         config = load(["task=copa", f"data.path={folder}", "partition=iid", "split.num_dev=6", "split.num_test=6"])

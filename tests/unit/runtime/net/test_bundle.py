@@ -1,3 +1,5 @@
+"""What Flower ships to a site: against the files of the repository, and what a hostile server could send instead."""
+
 from __future__ import annotations
 
 import io

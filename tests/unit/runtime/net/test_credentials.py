@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
-import json
 import shutil
 import ssl
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from fedzo.commands.server import add_client
 from fedzo.errors import ConfigError
 from fedzo.runtime.net.client_folder import ClientFolder, Invitation, read_invitation, write_invitation
 from fedzo.runtime.net.credentials import (
+    Certificate,
     fingerprint,
     is_private,
     is_signed_by,
@@ -57,6 +56,17 @@ def test_a_certificate_says_names_and_days_and_who_signed_it(tmp_path: Path) -> 
     assert 364.9 < certificate.days_left <= 365
     assert is_signed_by(one.file("server.crt"), one.file("ca.crt"))
     assert not is_signed_by(one.file("server.crt"), other.file("ca.crt"))
+
+
+@pytest.mark.parametrize(
+    ("host", "covered"),
+    [("a.example.org", True), ("fed.other.org", True), ("example.org", False), ("a.b.example.org", False),
+     ("other.org", False), ("10.0.0.1", True), ("20.0.0.1", False)],
+)  # fmt: skip
+def test_a_certificate_covers_its_names_and_one_label_before_a_name_with_a_star(host: str, covered: bool) -> None:
+    ends = datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)
+
+    assert Certificate(("*.example.org", "fed.other.org", "10.0.0.1"), ends).covers(host) is covered
 
 
 def test_only_this_user_reads_what_is_secret(tmp_path: Path) -> None:
@@ -133,28 +143,6 @@ def test_what_is_no_key_of_a_supernode_is_refused(text: str) -> None:
         read_public_key(text)
 
 
-# --- the registry
-
-
-def keys(tmp_path: Path, count: int) -> list[str]:
-    return [make_key(tmp_path / f"key{number}") for number in range(count)]
-
-
-def test_a_client_is_registered_once_with_an_index_a_name_and_a_key_of_its_own(tmp_path: Path) -> None:
-    folder, (first, second, third) = server(tmp_path / "s"), keys(tmp_path, 3)
-
-    folder.add_client("a", index=3, key=first)
-    assert folder.add_client("a", index=3, key=first + " comment").index == 3  # again: nothing changes
-    assert folder.add_client("b", index=None, key=second).index == 0  # the lowest that is free
-
-    for name, index, key, what in [("a", 5, third, "name"), ("c", 3, third, "index"), ("c", 5, first, "key")]:
-        with pytest.raises(ConfigError, match=rf"its {what} must be its own, but client") as refused:
-            folder.add_client(name, index=index, key=key)
-        assert ("Then restart `fedzo server up`" in str(refused.value)) is (key == first)  # which Flower remembers
-    assert [(client.index, client.name) for client in folder.clients] == [(0, "b"), (3, "a")]
-    assert {key: client.index for key, client in folder.by_key().items()} == {pem_of(first): 3, pem_of(second): 0}
-
-
 @needs_ssh_keygen
 def test_a_key_with_a_passphrase_is_refused_as_no_key_of_a_site(tmp_path: Path) -> None:
     command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "word five", "-f", str(tmp_path / "key")]
@@ -162,80 +150,6 @@ def test_a_key_with_a_passphrase_is_refused_as_no_key_of_a_site(tmp_path: Path) 
 
     with pytest.raises(ConfigError, match=r"key: it must be a private key as `fedzo client init` writes it \("):
         public_key_of(tmp_path / "key")
-
-
-def test_a_registry_of_many_clients_is_read_in_a_moment(tmp_path: Path) -> None:
-    folder = server(tmp_path / "s")
-    rows = [{"index": i, "name": f"n{i}", "key": f"k{i}", "added": "2026-01-01"} for i in range(10_000)]
-    folder.file("clients.json").write_text(json.dumps(rows))
-    begun = time.process_time()
-
-    assert len(folder.clients) == 10_000
-    assert time.process_time() - begun < 2.0
-
-
-@pytest.mark.parametrize("name", ["two words", "../../evil", "bad/name", "", "x" * 64])
-def test_a_name_that_is_none_is_refused_before_any_file_is_made_by_it(tmp_path: Path, name: str) -> None:
-    folder = server(tmp_path / "s")
-    before = sorted(tmp_path.rglob("*"))
-
-    with pytest.raises(ConfigError, match="NAME must be at most 63 letters, digits"):
-        list(add_client(folder, name, index=None, key=None))
-
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_registry_that_is_spoilt_while_it_is_in_use_leaves_the_one_before_in_force(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder, (key,) = server(tmp_path / "s"), keys(tmp_path, 1)
-    folder.add_client("a", index=0, key=key)
-    before, good = folder.by_key(), folder.file("clients.json").read_text()
-
-    for bad in (good[:-3], "[]x", None):
-        caplog.clear()
-        folder.file("clients.json").unlink()
-        if bad is not None:
-            folder.file("clients.json").write_text(bad)
-        assert [folder.by_key(), folder.by_key()] == [before, before]
-        assert caplog.text.count("Until then the old client list is used") == 1
-
-    with pytest.raises(ConfigError, match=r"clients\.json"):
-        ServerFolder(folder.path).by_key()
-    folder.file("clients.json").write_text("[]")
-    assert folder.by_key() == {}
-
-
-def test_a_removed_client_is_nobody_and_its_index_is_free(tmp_path: Path) -> None:
-    folder, (first, second) = server(tmp_path / "s"), keys(tmp_path, 2)
-    folder.add_client("a", index=0, key=first)
-    assert set(folder.by_key()) == {pem_of(first)}
-
-    folder.remove_client("a")
-
-    assert folder.by_key() == {}
-    assert folder.add_client("a", index=0, key=second).key == second
-    with pytest.raises(ConfigError, match=r"client c: it must be registered \(a\)"):
-        folder.remove_client("c")
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"index": -1}, "index"),
-        ({"name": "../x"}, "name"),
-        ({"added": 7}, "added"),
-        ({"more": 1}, "more"),
-    ],
-)
-def test_a_registry_that_somebody_spoiled_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
-    folder = server(tmp_path / "s")
-    folder.add_client("a", index=0, key=make_key(tmp_path / "key"))
-    (row,) = json.loads(folder.file("clients.json").read_text())
-    folder.file("clients.json").write_text(json.dumps([{**row, **change}]))
-
-    with pytest.raises(ConfigError, match=rf"clients\.json: .*{says}"):
-        _ = folder.clients
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::1]"])  # the certificate names no IPv6 address

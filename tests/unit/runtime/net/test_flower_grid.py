@@ -356,3 +356,32 @@ def test_a_run_that_is_interrupted_while_the_superlink_is_away_ends_at_once(
 
     assert time.monotonic() - began < 1.0
     assert "the SuperLink was not told how the run ended" in caplog.text
+
+
+@pytest.mark.usefixtures("superlink")
+def test_a_handshake_that_breaks_off_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower gives up at once where the words of an error have "ssl" in them."""
+
+    class BreaksOff(Away):
+        def PullTaskInput(self, request: Any) -> PullTaskInputResponse:
+            got: PullTaskInputResponse = self._retry.invoke(self._pull)
+            return got
+
+        def _pull(self) -> PullTaskInputResponse:
+            asked.append("for the task")
+            if len(asked) == 1:
+                raise httpx.ConnectTimeout("_ssl.c:989: The handshake operation timed out")
+            return PullTaskInputResponse()
+
+        def SendTaskHeartbeat(self, request: Any) -> Any:
+            return SimpleNamespace(success=True)
+
+        PushTaskOutput = SendTaskHeartbeat
+
+    asked = list[str]()
+    monkeypatch.setattr(ServerGrid, "_runtime_client", property(BreaksOff))
+
+    with server_task(ServerGrid("127.0.0.1:1", root_certificates=b"", token="x"), not_taken=lambda: None):
+        pass
+
+    assert len(asked) == 2

@@ -9,19 +9,19 @@ from types import SimpleNamespace
 import pytest
 
 from fedzo.runtime.net import serve, server_folder
-from fedzo.runtime.net.server_folder import LEAST_FREE_BYTES, ServerFolder
+from fedzo.runtime.net.server_folder import MIN_FREE_BYTES, ServerFolder
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_told_once_until_there_was_room_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    disk = SimpleNamespace(free=LEAST_FREE_BYTES)
+    disk = SimpleNamespace(free=MIN_FREE_BYTES)
     monkeypatch.setattr(server_folder.shutil, "disk_usage", lambda path: disk)
     full = serve._Full(ServerFolder(tmp_path))
 
     with caplog.at_level(logging.WARNING, logger="fedzo"):
-        for free in (LEAST_FREE_BYTES, 0, 0, LEAST_FREE_BYTES, LEAST_FREE_BYTES - 1):
+        for free in (MIN_FREE_BYTES, 0, 0, MIN_FREE_BYTES, MIN_FREE_BYTES - 1):
             disk.free = free
             full.tell()
 

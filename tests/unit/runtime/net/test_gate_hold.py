@@ -1,3 +1,5 @@
+"""When the gate holds a site's question for work: with a SuperLink that hands out messages from boxes."""
+
 import asyncio
 from base64 import b64encode
 from typing import Any
@@ -23,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ServerFolder:
     listening = Listening(address="h:1", listen=f"0.0.0.0:{PUBLIC}", control=f"127.0.0.1:{CONTROL}")
     made = ServerFolder.make(at / "server", listening, names=["h"], days=30)
     for index in range(2):
-        made.add_client(f"site-{index}", index=index, key=make_key(at / f"key-{index}"))
+        made.registry.add(f"site-{index}", index=index, key=make_key(at / f"key-{index}"))
     return made
 
 
@@ -34,7 +36,7 @@ class Post:
         self.gate = Gate(self._app, public_port=PUBLIC, folder=folder, hold_s=hold_s)
         self.boxes: dict[int, list[bytes]] = {HOSPITAL: [], CLINIC: []}
         self.looked: list[int] = []
-        self._keys = dict(zip((HOSPITAL, CLINIC), folder.by_key(), strict=True))
+        self._keys = dict(zip((HOSPITAL, CLINIC), folder.registry.by_key(), strict=True))
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         body, answer, status = (await receive()).get("body", b""), b"", 200

@@ -1,9 +1,12 @@
+"""Child processes that end, hang, die or write without end: with small programs that do so."""
+
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -113,6 +116,15 @@ def test_log_of_the_last_start_is_kept_and_of_no_earlier_one(tmp_path: Path) -> 
     assert (tmp_path / "worker.log").read_text() == "up\n"
     assert (tmp_path / "worker.log.1").read_text() == "of the last start"
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_what_processes_of_root_log_in_another_users_folder_is_that_users(
+    tmp_path: Path, given_by_root: Callable[[], set[Path]]
+) -> None:
+    with Processes(tmp_path / "logs", environment=os.environ) as children:
+        children.start("worker", SLEEP)
+
+    assert given_by_root() == {*tmp_path.rglob("*")} == {tmp_path / "logs", tmp_path / "logs" / "worker.log"}
 
 
 def test_a_log_that_is_cut_while_it_grows_is_read_from_its_new_beginning(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_what_a_detached_server_says_goes_through_no_link(
     (folder / name).parent.mkdir(parents=True)
     (folder / name).symlink_to(outside if name == "logs" else outside / "server.log")
 
-    with pytest.raises(RunFolderError, match=f"{name}: it must lie in the run folder itself, got a link to"):
+    with pytest.raises(RunFolderError, match=f"{name}: it must lie in its folder itself, got a link to"):
         ServerProcess(folder, tmp_path, detached=True)
 
     assert list(outside.iterdir()) == []

@@ -1,3 +1,5 @@
+"""Turns of requests: against sorting by urgency, on an event loop that goes on step by step."""
+
 import asyncio
 from contextlib import AsyncExitStack
 

@@ -101,7 +101,7 @@ def test_a_kernel_that_takes_a_weight_by_its_address_is_refused_in_a_full_probe(
     model = torch.nn.Linear(4, 4)
     space = FullSpace(model)
 
-    with space.probe(0.01, 1), pytest.raises(ConfigError, match="takes a trained weight by its address"):
+    with space.probe(0.01, 1), pytest.raises(ConfigError, match=r"^FullSpace must .* weight by its address"):
         model.weight.data_ptr()
 
     assert model.weight.data_ptr()
@@ -328,9 +328,11 @@ def test_full_space_refuses_attention_that_is_fast_outside_of_a_probe_only(fast_
 def test_full_space_refuses_quantised_weights() -> None:
     model = nn.Module()
     model.register_parameter("packed", nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False))
+    model.register_parameter("whole", nn.Parameter(torch.zeros(3)))
 
-    with pytest.raises(ConfigError, match=r"'packed' is torch\.int8"):
+    with pytest.raises(ConfigError, match=r"^FullSpace: every .*, but 'packed' is torch\.int8\. Leave it out of"):
         FullSpace(model)
+    assert FullSpace(model, parameters={"whole": model.whole}).size == 3
 
 
 def test_scaling_a_masked_16_bit_model_moves_the_float32_master() -> None:
