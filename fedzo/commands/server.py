@@ -89,7 +89,7 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
         yield _registered(client)
         yield f"the site needs {folder.file('ca.crt')} as ca.crt in its folder: send it there"
         return
-    room = make_folder(folder.file(INVITATIONS))
+    room = make_folder(folder.file(INVITATIONS), mode=0o700)
     if told := keep_private(room):
         yield told
     file, private = room / f"{name}.json", room / f"{name}.key"
@@ -221,7 +221,8 @@ def fill(folder: Path, files: Mapping[str, str], **more: object) -> str:
     }
     for name, source in files.items():
         file = folder / name
-        file.parent.mkdir(exist_ok=True)
+        if file.parent != folder:
+            make_folder(file.parent)
         if not file.exists():
             paths = {"folder": _quoted(str(folder.resolve()), name), "python": _quoted(sys.executable, name)}
             replace_file(file, Template(template(source)).substitute(values, **paths))

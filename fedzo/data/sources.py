@@ -132,16 +132,17 @@ def read_own(path: Path) -> list[Located]:
 
 
 def own_files(path: str) -> list[Path]:
-    """The files of rows that a site's ``data.path`` names, with any index in the place of ``{client}``; none is read.
+    """The files of rows that a site's ``data.path`` names, with any number in the place of ``{client}``; none is read.
 
     Raises:
         ConfigError: There is none, or a folder has no ``train`` file.
     """
     if "{client}" not in path:
         return [_own_file(Path(path))]
-    pattern = Path("*".join(glob.escape(part) for part in re.split(r"(?:\{client\})+", path)))
+    parts = re.split(r"(?:\{client\})+", str(Path(path)))
+    pattern, numbered = Path("*".join(map(glob.escape, parts))), re.compile(r"\d+".join(map(re.escape, parts)))
     found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    return [_own_file(each) for each in found or [Path(path)]]
+    return [_own_file(each) for each in found if numbered.fullmatch(str(each))] or [_own_file(Path(path))]
 
 
 def _own_file(path: Path) -> Path:

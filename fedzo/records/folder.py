@@ -185,7 +185,8 @@ def keep_owner(opened: int, folder: os.stat_result, replaced: os.stat_result | N
     """Have what root has made belong to the owner of what it replaces, or else of its folder.
 
     A service, which is another user, can then read its own files, also when somebody has called a command by ``sudo``.
-    In a folder that everybody may write into, anybody may have put there what is replaced: nothing is given away.
+    In a folder that everybody may write into, anybody may have put there what is replaced: nothing is given away. A
+    group that may write into it is trusted.
 
     Args:
         opened: What was made.

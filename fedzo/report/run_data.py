@@ -339,7 +339,8 @@ def _read_value(path: Path, parse: Callable[[str], Any], kind: type) -> tuple[st
         raise
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         what = "a mapping" if kind is dict else f"a {kind.__name__}"
+        without = "go on" if path.name == ENVIRONMENT else "report"
         raise RunFolderError(
-            f"{path}: must hold {what}, got {str(error)[:160]}. Restore the file, or delete it to go on without it."
+            f"{path}: must hold {what}, got {str(error)[:160]}. Restore the file, or delete it to {without} without it."
         ) from error
     return text, value

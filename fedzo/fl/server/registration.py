@@ -92,7 +92,8 @@ class Shortage:
             fewest: So many of them must be here; None where all must be.
         """
         away = sorted([*self.late, *self.unable, *self.gone])
-        register = f" Register the keys of clients {self.gone} again (`fedzo server add-client`)." if self.gone else ""
+        again = "again (`fedzo server add-client`), and restart `fedzo server up`."
+        register = f" Register the keys of clients {self.gone} {again}" if self.gone else ""
         if not self.late:
             why = some_reasons([*self.unable.values(), *self._left])
             if fewest is not None:
@@ -217,6 +218,7 @@ def _rows_problem(client: int, reply: HelloReply, *, num_labels: int, first: Cli
     if first.rows_digest != now.rows_digest:
         return (
             "the digest of its rows must be the one that it registered with, got another. "
-            "Put its rows, what its stages made of them, and the secret with which its site makes the digest, back."
+            "Put its rows, what its stages made of them, and the secret with which its site makes the digest "
+            "(`rows/secret`), back, and restart the site."
         )
     return ""

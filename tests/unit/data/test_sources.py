@@ -378,13 +378,13 @@ def test_a_split_that_nobody_wants_is_not_read(content: str, folder: Path) -> No
     ("path", "found"),
     [
         ("{}/rows-[1].jsonl", ["rows-[1].jsonl"]),
-        ("{}/{{client}}.jsonl", ["0.jsonl", "1.jsonl", "rows-[1].jsonl"]),
+        ("{}/{{client}}.jsonl", ["0.jsonl", "1.jsonl"]),
         ("{}/rows-[{{client}}{{client}}].jsonl", ["rows-[1].jsonl"]),
         ("{}/sets/{{client}}", ["train.jsonl", "train.jsonl"]),
     ],
 )
 def test_a_sites_files_are_found_whatever_a_name_holds(path: str, found: list[str], tmp_path: Path) -> None:
-    for name in ("0.jsonl", "1.jsonl", "rows-[1].jsonl", "sets/0/train.jsonl", "sets/1/train.jsonl"):
+    for name in ("0.jsonl", "1.jsonl", "rows-[1].jsonl", "sets/0/train.jsonl", "sets/1/train.jsonl", "sets/old/x.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / name, rows(0, 1))
 

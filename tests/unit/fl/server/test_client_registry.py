@@ -272,7 +272,8 @@ def test_a_run_that_too_few_registered_clients_are_left_for_ends_at_once_and_say
     assert clock.now - began < 1.0
     assert str(told.value) == (
         "strategy.min_replies: of 2 clients at least 2 must take part, but clients [1] cannot (client 1 is not "
-        "registered with this server any more). Register the keys of clients [1] again (`fedzo server add-client`)."
+        "registered with this server any more). Register the keys of clients [1] again (`fedzo server add-client`), "
+        "and restart `fedzo server up`."
     )
 
 
@@ -289,7 +290,7 @@ def test_who_cannot_take_part_is_told_of_beside_who_has_gone(clock: Any) -> None
     assert str(told.value) == (
         "strategy.min_replies: of 3 clients at least 2 must take part, but clients [1, 2] cannot (client 2 cannot take "
         f"part: {Refusal.rows.text}. Its own log says why; client 1 is not registered with this server any more). "
-        "Register the keys of clients [1] again (`fedzo server add-client`)."
+        "Register the keys of clients [1] again (`fedzo server add-client`), and restart `fedzo server up`."
     )
 
 
@@ -308,7 +309,7 @@ def test_nobody_is_told_to_start_a_client_that_could_not_come(clock: Any) -> Non
         "strategy.startup_s: at least 2 of 4 clients (strategy.min_replies) must register, but within 60 s clients "
         "[1, 2, 3] did not (client 1 is not registered with this server any more; client 2 cannot take part: "
         f"{Refusal.rows.text}. Its own log says why). Start clients [3]. Register the keys of clients [1] again "
-        "(`fedzo server add-client`)."
+        "(`fedzo server add-client`), and restart `fedzo server up`."
     )
 
 
