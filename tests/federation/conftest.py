@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedzo.config.plugins import plugin_classes
 from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
@@ -181,6 +182,24 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
 @pytest.fixture
 def lines() -> Callable[[Path, str], list[dict[str, Any]]]:
     return read_lines
+
+
+@pytest.fixture
+def greedy_answer() -> Callable[[Any, str, int], str]:
+    """What a model answers, by a forward over the whole text for each token: no cache, no batch, no padding."""
+
+    def answer(loaded: Any, prompt: str, max_new_tokens: int) -> str:
+        ids = list(loaded.tokenizer(prompt)["input_ids"])
+        start = len(ids)
+        for _ in range(max_new_tokens):
+            with torch.inference_mode():
+                ids.append(int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == loaded.tokenizer.eos_token_id:
+                break
+        text: str = loaded.tokenizer.decode(ids[start:], skip_special_tokens=True)
+        return text.strip()
+
+    return answer
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from fedzo.config.load import load
 from fedzo.fl.server.rounds import Server
 
 Run = Callable[..., Path]
+Greedy = Callable[[Any, str, int], str]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 ADAPTERS = ["lora", "ia3", "prefix", "prompt"]
 TRAINERS = [*ADAPTERS, "tables"]
@@ -89,7 +90,9 @@ def test_an_exported_run_is_an_adapter_for_plain_peft_that_names_its_base(
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_scores_and_text_are_those_of_the_tuned_model(run: Run, lines: Lines, trainer: str) -> None:
+def test_scores_and_text_are_those_of_the_tuned_model(
+    run: Run, lines: Lines, greedy_answer: Greedy, trainer: str
+) -> None:
     folder = run(f"trainer={trainer}", ROOM, "server_optimizer.lr=0.05", "evaluation.every_rounds=1")
 
     again = evaluate_run(folder, split="test")
@@ -98,14 +101,7 @@ def test_scores_and_text_are_those_of_the_tuned_model(run: Run, lines: Lines, tr
     after = lines(folder, "metrics.jsonl")[-1]["after"]
     assert again == {"answers": {name: after[name] for name in again["answers"]}}
     loaded = rebuild(folder).process.peer.loaded
-    ids = list(loaded.tokenizer("Text: a thing\nVerdict:")["input_ids"])
-    prompt = len(ids)
-    for _ in range(5):
-        with torch.inference_mode():
-            ids.append(int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == loaded.tokenizer.eos_token_id:
-            break
-    assert text == loaded.tokenizer.decode(ids[prompt:], skip_special_tokens=True).strip()
+    assert text == greedy_answer(loaded, "Text: a thing\nVerdict:", 5)
 
 
 def test_the_base_digest_is_that_of_the_base(run: Run) -> None:

@@ -24,6 +24,7 @@ from fedzo.sketch import sketched_layers, tables_of
 from fedzo.testing.tiny_models import byte_tokenizer, save_tiny_model, save_tiny_sketch, tiny_model
 
 Run = Callable[..., Path]
+Greedy = Callable[[LoadedModel, str, int], str]
 PROMPTS = ["the cat", "a dog sat on", "one", "two and three", "the cat", "what is it"]
 WHOSE = ["a", "b", "", "a", "b", "a"]
 
@@ -53,20 +54,13 @@ def ask(folder: Path, *more: str) -> list[str]:
     return ["generate", "--model", str(folder / "sk"), "--prompts", rows, "--tables", tables, *more]
 
 
-def test_generating_with_a_run_is_greedy_decoding_of_its_model(run: Run) -> None:
+def test_generating_with_a_run_is_greedy_decoding_of_its_model(run: Run, greedy_answer: Greedy) -> None:
     folder = run()
 
     (text,) = generate_run(folder, ["Text: a thing\nVerdict:"], max_new_tokens=5)
 
     loaded = rebuild(folder).process.peer.loaded
-    ids = list(loaded.tokenizer("Text: a thing\nVerdict:")["input_ids"])
-    prompt = len(ids)
-    for _ in range(5):
-        with torch.inference_mode():
-            ids.append(int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == loaded.tokenizer.eos_token_id:
-            break
-    assert text == loaded.tokenizer.decode(ids[prompt:], skip_special_tokens=True).strip()
+    assert text == greedy_answer(loaded, "Text: a thing\nVerdict:", 5)
 
 
 def test_a_mixed_batch_answers_as_separate_runs_would(served: Path, capsys: pytest.CaptureFixture[str]) -> None:
