@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -83,6 +83,13 @@ def some_reasons(reasons: Sequence[str]) -> str:
     return "; ".join([*reasons[:8], *more])
 
 
+def listed(lines: Sequence[str]) -> str:
+    """One text for all problems of a configuration."""
+    if len(lines) == 1:
+        return lines[0]
+    return "\n".join([f"{len(lines)} problems in the configuration:", *(f"  - {line}" for line in lines)])
+
+
 class FolderInUseError(RunFolderError):
     """Another process writes to the run folder."""
 
@@ -98,6 +105,16 @@ def problem(key: str, rule: str, value: object, remedy: str) -> Problem:
     """The report that ``key`` must ``rule``, that it is ``value``, and what to do."""
     shown = repr(str(value)) if isinstance(value, StrEnum) else repr(value)
     return Problem(key, f"{key} must {rule}, got {printable(shown)}. {remedy}")
+
+
+def refuse(found: Iterable[Problem]) -> None:
+    """Refuse a configuration that has problems.
+
+    Raises:
+        ConfigError: There are some; all of them in one text.
+    """
+    if texts := [each.text for each in found]:
+        raise ConfigError(listed(texts))
 
 
 def at_least(key: str, value: int, least: int, remedy: str) -> Iterator[Problem]:

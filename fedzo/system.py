@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import fedzo
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 MAX_THREADS = 1024  # with very many OpenMP ends the process without a word
@@ -47,7 +48,13 @@ _LIBRARIES = (
 )
 _VERBOSITY_VARIABLES = ("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 _PACKAGE = Path(__file__).resolve().parent
-_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "DefaultCPUAllocator",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
 """How torch, its libraries and Triton say it in a plain RuntimeError; the last, as a rule, of a new cuBLAS handle."""
 
 
@@ -148,6 +155,18 @@ def device_is_lost() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def on_device(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The numbers on a device; on a CPU they are not copied.
+
+    Nobody waits for a copy to a GPU: torch keeps the page-locked memory that it comes from until it is done. From other
+    memory the copy would first wait for all that the GPU has to do.
+    """
+    import torch  # here, as in use_threads
+
+    host = torch.from_numpy(numbers).contiguous()
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def command() -> list[str]:

@@ -77,7 +77,7 @@ PIECES: dict[str, list[Part]] = {
         Part("meerkat", ["+budget=T10", _SEEDS, "strategy.aggregation=median,trimmed_mean"]),
     ],
     "protocols": [
-        Part("full", ["+budget=T1", _SEEDS, "fl.seeds=pool", "runtime=inline"]),
+        Part("full", ["+budget=T1", _SEEDS, "fl.directions=pool", "runtime=inline"]),
         Part(
             "full", ["+budget=T1", _SEEDS, "estimator=one_sided", "estimator.num_probes=1", "estimator.baseline=center"]
         ),

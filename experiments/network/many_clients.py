@@ -29,7 +29,7 @@ from fedzo.fl.messages import HelloReply, Identity, TrainReply, TrainRequest, de
 from fedzo.fl.replica import Replica
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server
-from fedzo.fl.server.scalar_updates import ScalarUpdates
+from fedzo.fl.server.scalar_aggregator import ScalarAggregator
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.records import decode as records
 from fedzo.runtime._flower import one_federation, set_message_id
@@ -173,7 +173,7 @@ def make_server(grid: Grid, store: RunStore, folder: Path, *, clients: int, samp
         store=store,
         artifact=ArtifactStore(folder / "artifacts").put(b"mask"),
         config=config,
-        updates=ScalarUpdates(replica, config),
+        aggregator=ScalarAggregator(space.distribution, config),
         step_policy=STEP_POLICIES.build(
             config.step_policy, num_clients=clients, local_steps=config.fl.local_steps, run_seed=1
         ),

@@ -114,7 +114,7 @@ def run(folder: Path, nodes: int, rounds: int) -> tuple[list[float], int, float,
                 seconds.append(time.monotonic() - began)
                 print(f"round {len(seconds)} of {rounds}: {seconds[-1]:.2f} s", flush=True)
             told["superlink"] = (sum(superlink.cpu_times()[:2]) - before) / rounds
-            told["attended"] = sum(len(line.attendance) for line in store.rounds)
+            told["attended"] = sum(len(line.attendance) for line in store.public)
 
     with Processes(folder / "logs", environment=environment() | {"FLWR_HOME": str(folder / "flower")}) as processes:
         start_superlink(processes, server, restarts=0)

@@ -25,8 +25,9 @@ from fedzo.bench.claims import Claims
 from fedzo.report.style import BLUE, ORANGE, PAPER, house_style, new_axes
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction
-from fedzo.zo.log import RoundRecord, apply_record
+from fedzo.zo.log import RoundRecord
 from fedzo.zo.spaces.dense import DenseSpace
+from fedzo.zo.steps import apply_record
 from fedzo.zo.virtual_path import round_products, virtual_paths
 
 HERE = Path(__file__).parent

@@ -33,7 +33,7 @@ from fedzo.sketch.gpu import DTYPES, FUSED_TOKENS, kernels_for
 from fedzo.system import environment, no_progress
 from fedzo.zo.directions import add_direction, stream_key
 from fedzo.zo.estimator import TwoPointConfig, build_estimator
-from fedzo.zo.log import apply_steps
+from fedzo.zo.steps import apply_steps
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "gpu.json"

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTraine
 from transformers.initialization import no_init_weights
 
 from fedzo.errors import ConfigError
+from fedzo.models.attention import repeat_keys
 from fedzo.models.head import check_head
 from fedzo.models.load import resolve_device
 from fedzo.models.loaded import LoadedModel
@@ -68,6 +69,8 @@ def random_model(shape: str, *, device: str, dtype: torch.dtype) -> LoadedModel:
     if shape not in SHAPES:
         raise ConfigError(f"--shape must be one of {', '.join(SHAPES)}, got {shape!r}.")
     where = resolve_device(device)
+    if where.type == "cuda":
+        repeat_keys()
     with no_init_weights(), where:
         model = cast(Any, AutoModelForCausalLM).from_config(SHAPES[shape](), dtype=dtype)
     model.tie_weights()

@@ -39,12 +39,12 @@ from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_d
 from fedzo.models.virtual_tokens import num_virtual_tokens
 from fedzo.run.peer import check_format, faster_forwards, set_up_process
 from fedzo.system import OnProgress, environment
-from fedzo.trainers import TRAINERS, Workplace
+from fedzo.trainers import TRAINERS, TrainerContext
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
 from fedzo.zo.estimator import Estimator, ZerothOrderConfig, build_estimator
-from fedzo.zo.log import apply_steps
 from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.dense import DenseSpace
+from fedzo.zo.steps import apply_steps
 
 BARE, BASE, OURS = "bare forwards", "base model's forwards", "fedzo step"
 EAGER = "eager forwards"
@@ -179,8 +179,8 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
         )
     trainer = TRAINERS.build(config.trainer if config.inputs.artifact else config.trainer.for_timing())
     with tempfile.TemporaryDirectory() as folder:
-        workplace = Workplace(folder=Path(folder), seed=0, texts=list, inputs=config.inputs)
-        artifact = trainer.prepare(loaded, workplace).artifact
+        context = TrainerContext(folder=Path(folder), seed=0, texts=list, inputs=config.inputs)
+        artifact = trainer.prepare(loaded, context).artifact
         built = trainer.build(loaded, artifact, distribution=estimator.distribution)
     longest, virtual = num_positions(loaded.model), num_virtual_tokens(loaded.model)
     if longest is not None and tokens + virtual > longest:

@@ -35,6 +35,7 @@ def add_run_commands(add: AddCommand) -> None:
     own = add("evaluate", evaluate, "score a run's model on its test or dev rows")
     add_run(own)
     own.add_argument("--split", choices=("test", "dev"), default="test", help="which rows (default: test)")
+    add_rounds(own, "rounds after which to score it (default: the best round)")
 
     usage = "fedzo generate RUN PROMPT... | fedzo generate --model MODEL --prompts FILE"
     usage += " [--tables FILE,FILE,...] [--dtype DTYPE] [--chat]"
@@ -79,7 +80,7 @@ def train(arguments: Namespace) -> None:
 def resume(arguments: Namespace) -> None:
     """``fedzo resume``."""
     from fedzo.cli.train import log_to, show_result
-    from fedzo.commands.train import resume_run
+    from fedzo.commands.resume import resume_run
 
     folder = run_folder(arguments.run)
     log_to(folder)
@@ -109,7 +110,7 @@ def evaluate(arguments: Namespace) -> None:
     """``fedzo evaluate``."""
     from fedzo.commands.evaluate import evaluate_run
 
-    print_json(evaluate_run(run_folder(arguments.run), split=arguments.split))
+    print_json(evaluate_run(run_folder(arguments.run), split=arguments.split, rounds=arguments.rounds))
 
 
 def generate(arguments: Namespace) -> None:

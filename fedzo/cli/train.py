@@ -28,9 +28,9 @@ from fedzo.config.load import checked, load
 from fedzo.config.overrides import in_shell, with_config_dir
 from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import is_sweep, plan_sweep
-from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError, shell, without_escapes
+from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError, printable, shell, without_escapes
 from fedzo.records.folder import LOG, MULTIRUN, REPORT
-from fedzo.system import environment_variable, quiet_libraries
+from fedzo.system import environment_variable, quiet_libraries, warn_once
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,9 @@ def job(composed: DictConfig) -> float | None:
         SearchEndedError: The first run of a search has nothing to optimise.
     """
     quiet_libraries()  # in a worker process, too
-    from fedzo.commands.train import start_or_resume_run, start_run
+    warn_once.cache_clear()  # what the job before was told belongs into this one's log, too
+    from fedzo.commands.resume import start_or_resume_run
+    from fedzo.commands.train import start_run
     from fedzo.report.jobs import noted_failure
 
     hydra = HydraConfig.get()
@@ -133,7 +135,7 @@ def _let_frames_go(error: BaseException) -> None:
 
 
 def _objective(folder: Path, *, is_first: bool) -> float:
-    from fedzo.commands.train import dev_objective
+    from fedzo.commands.resume import dev_objective
 
     try:
         return dev_objective(folder)
@@ -238,6 +240,11 @@ def _sweep(flags: Namespace) -> None:
                 raise FedzoError(
                     f"sweep {sweep.folder}: the process of a job was ended from outside, perhaps for lack of memory. "
                     f"Lower hydra.launcher.n_jobs, and repeat the command with {again}."
+                ) from failure
+            if type(failure).__module__.startswith("submitit."):  # whose launcher then waits for no other job
+                raise FedzoError(
+                    f"sweep {sweep.folder}: a job gave no result. Others may still run: wait for them, and repeat the "
+                    f"command with {again}. Submitit says: {printable(str(failure))}"
                 ) from failure
             if isinstance(failure, SearchEndedError):
                 raise FedzoError(f"sweep {sweep.folder}: the search ended with its first job: {failure}") from None

@@ -133,8 +133,8 @@ def _model(site: SiteFile) -> Iterator[Check]:
         needed = sum(file.stat().st_size for file in files) if held is None else held.total
         left = available_memory_bytes(device)
         if needed > left:
-            told = f"the weights take {bytes_text(needed)}, {bytes_text(left)} are free. {ways_to_fit(site.model)}"
-            yield "memory", False, told
+            ways = ways_to_fit(site.model, device)
+            yield "memory", False, f"the weights take {bytes_text(needed)}, {bytes_text(left)} are free. {ways}"
             return
         loaded = load_model(site.model, device=site.device)
     except PermissionError:  # which is told of for the whole folder

@@ -13,8 +13,13 @@ from fedzo.evaluate import evaluate
 from fedzo.records.decode import encode
 
 
-def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
-    """Score the run's model (its best round) on the dev or test rows, by each evaluator of the run.
+def evaluate_run(run_dir: Path, *, split: str, rounds: int | None = None) -> dict[str, Any]:
+    """Score the run's model on the dev or test rows, by each evaluator of the run, in forwards like the run's own.
+
+    Args:
+        run_dir: The run folder.
+        split: Which rows.
+        rounds: After which to score it; None for the best round.
 
     Returns:
         The scores by the evaluators' names.
@@ -33,12 +38,13 @@ def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
             f"{run_dir}: it must have {split} rows to score, but {lacks}. `fedzo export` writes its model, which other "
             "programs can score."
         )
-    process = rebuild(run_dir).process
+    built = rebuild(run_dir, rounds=rounds)
+    process, workspace = built.process, built.workspace
     if (run_dir / KEPT_ROWS).exists():
         process.server.check_rows(begun=True)
     peer, examples = process.peer, process.server.examples(split)
-    task, tokens_per_batch = peer.config.task, peer.site.model.tokens_per_batch
+    loaded, task, most = workspace.loaded, peer.config.task, workspace.tokens_per_batch
     return {
-        name: encode(evaluate(name, evaluator, peer.loaded, examples, task, tokens_per_batch=tokens_per_batch))
+        name: encode(evaluate(name, evaluator, loaded, examples, task, tokens_per_batch=most))
         for name, evaluator in peer.evaluators.items()
     }

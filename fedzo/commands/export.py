@@ -8,10 +8,8 @@ from pathlib import Path
 
 from fedzo.commands.run_folder import rebuild
 from fedzo.config.plugins import option_of
-from fedzo.data.chat import chat_end
-from fedzo.data.config import TaskKind
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.models.generate import end_tokens
+from fedzo.models.generate import answer_ends, end_tokens
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.saved import save_model, whole_folder
 from fedzo.models.sketched.folder import write_sketch
@@ -67,8 +65,7 @@ def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: str
         if save is not None:
             save(folder)
         else:
-            is_chat = peer.config.task.kind is TaskKind.instruction
-            _save_model(loaded, folder, ends=chat_end(loaded.tokenizer) if is_chat else set())
+            _save_model(loaded, folder, ends=answer_ends(loaded.tokenizer, peer.config.task.kind))
     return out
 
 

@@ -26,7 +26,7 @@ from fedzo.data.tasks import is_missing
 from fedzo.errors import ConfigError
 from fedzo.models.checks import check_ids
 from fedzo.models.config import ModelConfig
-from fedzo.models.generate import generate
+from fedzo.models.generate import answer_ends, generate
 from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import weights_bytes
@@ -44,15 +44,15 @@ def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> l
 
     Of an instruction run they are answers to a chat's user, of a run of ``kind=generation`` one line.
     """
-    peer = rebuild(run_dir).process.peer
-    kind = peer.config.task.kind
-    ids, ends = prompt_ids(peer.loaded, prompts, chat=kind is TaskKind.instruction)
+    built = rebuild(run_dir)
+    loaded, kind = built.workspace.loaded, built.process.peer.config.task.kind
+    ids = prompt_ids(loaded, prompts, chat=kind is TaskKind.instruction)
     return generate(
-        peer.loaded,
+        loaded,
         ids,
         max_new_tokens=max_new_tokens,
-        tokens_per_batch=peer.site.model.tokens_per_batch,
-        ends=ends,
+        tokens_per_batch=built.workspace.tokens_per_batch,
+        ends=answer_ends(loaded.tokenizer, kind),
         stop_at_newline=kind is TaskKind.generation,
     )
 
@@ -95,7 +95,7 @@ def answer_rows(
             f"--chat: the tokenizer of {model.name!r} must have a chat template, but has none. Leave it out."
         )
     users = {name: _offset(loaded, file) for name, file in zip(names, tables, strict=True)}
-    ids, ends = prompt_ids(loaded, [row.prompt for row in rows], chat=chat, where=f"{prompts}: ")
+    ids = prompt_ids(loaded, [row.prompt for row in rows], chat=chat, where=f"{prompts}: ")
     if users:
         each = next(iter(users.values())).nbytes
         base = bytes_text(weights_bytes(loaded.model))
@@ -106,22 +106,20 @@ def answer_rows(
             ids,
             max_new_tokens=max_new_tokens,
             tokens_per_batch=model.tokens_per_batch,
-            ends=ends,
+            ends=chat_end(loaded.tokenizer) if chat else set(),
             before=follow,
         )
     for row, answer in zip(rows, answers, strict=True):
         yield json.dumps({"tables": row.tables or None, "prompt": row.prompt, "answer": answer}, ensure_ascii=False)
 
 
-def prompt_ids(
-    loaded: LoadedModel, prompts: Sequence[str], *, chat: bool, where: str = ""
-) -> tuple[list[tuple[int, ...]], set[int]]:
-    """Token ids of what the user of a chat says, or of text to go on from; and what ends answers beside the model's."""
+def prompt_ids(loaded: LoadedModel, prompts: Sequence[str], *, chat: bool, where: str = "") -> list[tuple[int, ...]]:
+    """Token ids of what the user of a chat says, or of text to go on from."""
     tokenizer = loaded.tokenizer
     ids = encode_instructions(prompts, tokenizer) if chat else encode_prompts(prompts, tokenizer)
     for number, tokens in enumerate(ids):
         check_ids(loaded.model, tokens, where=f"{where}prompt {number}")
-    return ids, chat_end(tokenizer) if chat else set()
+    return ids
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from fedzo.masks.mask_file import save_mask
 from fedzo.run.peer import check_format, open_model
 from fedzo.run.process import row_source
 from fedzo.run.start import calibration_texts
-from fedzo.trainers import Workplace
+from fedzo.trainers import TrainerContext
 from fedzo.trainers.meerkat import MeerkatConfig, choose_mask
 
 
@@ -21,7 +21,7 @@ def make_mask(config: LaunchConfig, out: Path) -> dict[str, Any]:
     if not isinstance(config.trainer, MeerkatConfig):
         raise ConfigError("fedzo mask: trainer must be meerkat. Only a masked trainer has a mask.")
     site = uncompiled(config.site())
-    workplace = Workplace(
+    context = TrainerContext(
         folder=out.parent,
         seed=config.seed,
         texts=partial(calibration_texts, row_source(config, site)),
@@ -29,6 +29,6 @@ def make_mask(config: LaunchConfig, out: Path) -> dict[str, Any]:
     )
     loaded = open_model(site, config.task.max_length)
     check_format(config, loaded)
-    mask = choose_mask(config.trainer, loaded, workplace)
+    mask = choose_mask(config.trainer, loaded, context)
     save_mask(mask, out)
     return {"path": str(out), "size": mask.size, "digest": mask.digest(), **mask.manifest}

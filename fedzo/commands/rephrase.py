@@ -118,7 +118,8 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
         attempts = rephraser.rewrite(work.rows, told, again=again)
     outcomes = rephraser.results.find(work.rows)
     assert outcomes is not None
-    yield from set_lines(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter))
+    figures = figures_table(rephraser, work.rows, outcomes)
+    yield from set_lines(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter), figures)
     if not attempts:
         models = rewritten_by(outcomes)
         yield f"all rows had results already{f', by {models}' if models else ''}: no call was made"
@@ -137,7 +138,7 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
     yield f"manifest: {rephraser.keep_manifest(work.rows, outcomes)}"
     page = rephraser.results.file_of_set(outcomes, ".html")
     if attempts or not page.exists():  # one that is there also has what was refused
-        write_set_page(work, outcomes, attempts)
+        write_set_page(work, outcomes, attempts, figures)
     yield f"before and after: {page}"
     if out is not None:
         _write_rows(out, work.rows, outcomes)
@@ -190,14 +191,15 @@ def bootstrap(work: Work, table: Path) -> Iterator[str]:
     write_table(table, columns_of(work.rephraser.task, told_task, work.column), [*zip(rows, texts, strict=True)])
     page = table.with_suffix(".html")
     outcomes = [each.outcome for each in attempts if each.outcome is not None]
-    write_page(page, rephrased_page(work.rephraser, rows, outcomes, drawn), mode=0o600)
+    figures = figures_table(work.rephraser, rows, outcomes)
+    write_page(page, rephrased_page(work.rephraser, rows, outcomes, drawn, figures), mode=0o600)
     yield f"{table}: {len(rows)} rows. Correct the column rewrite where it is wrong, and write yes into accept"
     yield f"{page}: the same to read"
     yield f"then: rewriter.examples={table}"
 
 
-def set_lines(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterator[str]:
-    """What became of a set of rows, and what it took."""
+def set_lines(work: Work, outcomes: Sequence[RowOutcome], used: Used, figures: list[list[str]]) -> Iterator[str]:
+    """What became of a set of rows, what it took, and its figures."""
     for name, number in counts(outcomes).items():
         yield f"{number:6d}  {name}"
     if names := count_names(work.rows, outcomes):
@@ -205,7 +207,7 @@ def set_lines(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterato
     if used.calls:
         yield _spent(used)
     yield from _said(work.rephraser)
-    yield from (f"{name}: {value}" for name, value in figures_table(work.rephraser, work.rows, outcomes))
+    yield from (f"{name}: {value}" for name, value in figures)
 
 
 def key_line(rephraser: Rephraser) -> str:
@@ -275,9 +277,11 @@ def _json_line(row: Row) -> str:
     return line if is_utf8(line) else json.dumps(row, default=str)
 
 
-def write_set_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Mapping[str, Attempt]) -> Path:
+def write_set_page(
+    work: Work, outcomes: Sequence[RowOutcome], attempts: Mapping[str, Attempt], figures: list[list[str]]
+) -> Path:
     """The page of a set before and after, for its owner alone; returns the file."""
-    page = rephrased_page(work.rephraser, work.rows, outcomes, attempts)
+    page = rephrased_page(work.rephraser, work.rows, outcomes, attempts, figures)
     return write_page(work.rephraser.results.file_of_set(outcomes, ".html"), page, mode=0o600)
 
 

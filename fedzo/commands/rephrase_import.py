@@ -19,6 +19,7 @@ from fedzo.data.words import is_utf8
 from fedzo.errors import ConfigError
 from fedzo.records.rephrase import RowOutcome
 from fedzo.report.format import counted
+from fedzo.report.rephrased import figures_table
 
 
 def import_sets(work: Work, file: Path) -> Iterator[str]:
@@ -41,12 +42,13 @@ def import_sets(work: Work, file: Path) -> Iterator[str]:
     own.results.add(made, instead=changed)
     found = [made[row_digest(row)] for row in work.rows]
     mine = Work(own, work.rows)
-    yield from set_lines(mine, found, Used())
+    figures = figures_table(own, work.rows, found)
+    yield from set_lines(mine, found, Used(), figures)
     if changed:
         yield f"{counted(len(changed), 'row')} had another result from these sets, for other data perhaps"
         yield kept_line(own)
     yield f"manifest: {own.keep_manifest(work.rows, found)}"
-    yield f"before and after: {write_set_page(mine, found, {})}"
+    yield f"before and after: {write_set_page(mine, found, {}, figures)}"
     yield key_line(own)
 
 

@@ -24,13 +24,14 @@ from fedzo.config.travel import config_hash
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
 from fedzo.fl.config import directions_of
 from fedzo.fl.log_store import RunLog
-from fedzo.fl.server.aggregate import ClientResult, aggregate
+from fedzo.fl.server.scalar_aggregator import aggregate
 from fedzo.records.folder import METRICS, raised_as
 from fedzo.records.log import AuditLine, ClientAudit
 from fedzo.records.metrics import Extension
-from fedzo.zo.log import RoundRecord, Scalars, local_step, probe_shares
-from fedzo.zo.seeds import step_keys
+from fedzo.zo.keys import step_keys
+from fedzo.zo.log import RoundRecord, Scalars
 from fedzo.zo.spaces.base import Space, Values
+from fedzo.zo.steps import local_step, probe_shares
 
 
 def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]:
@@ -117,7 +118,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     space, drift = replica.space, replica.drift(client, lr=line.lr)
     checked = len(g) > 1
     if line.lr == record.lr:  # a calibration's record has zeros, which tell nothing
-        _check_sum(line, record, config, own_columns=replica.walks_clients)
+        _check_sum(line, record, config)
     checks, own = [], {"round": round, "owner": client, "directions": directions_of(config.fl)}
     about = {"client": str(client), "round": str(round), "lr": repr(line.lr)}
     with vector_file(out, steps=len(g), size=space.size, about=about) as write:
@@ -135,26 +136,15 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     return ClientPath(client, round, line.lr, tuple(checks), g, entry.loss.astype(np.float64), checked)
 
 
-def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig, *, own_columns: bool) -> None:
+def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig) -> None:
     """Compare a round's public scalars with those that the audit log's make.
 
     Raises:
         ProtocolError: They differ, so one of the logs is not the run's.
     """
-    results = {
-        entry.client: ClientResult(g=entry.g, loss=entry.loss, dropped=entry.dropped, end_check=entry.end_check)
-        for entry in line.clients
-    }
-    made = aggregate(
-        results,
-        {entry.client: entry.weight for entry in line.clients},
-        round=record.round,
-        lr=record.lr,
-        directions=directions_of(config.fl),
-        strategy=config.strategy,
-        own_columns=own_columns,
-        normalise=config.step_policy.normalises,
-    )
+    g = {entry.client: entry.g for entry in line.clients}
+    weights = {entry.client: entry.weight for entry in line.clients}
+    made = aggregate(g, weights, config, round=record.round, lr=record.lr)
     if not np.array_equal(made.coefficients, record.coefficients):
         raise ProtocolError(
             f"round {record.round}: the clients' scalars of the audit log must give those of the public log, but do "

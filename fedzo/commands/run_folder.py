@@ -17,19 +17,18 @@ from fedzo.config.schema import LaunchConfig, RunConfig, uncompiled
 from fedzo.config.travel import from_json, to_json, to_yaml
 from fedzo.errors import ConfigError, RunFolderError, printable
 from fedzo.fl.log_store import RunLog, best_round, has_begun
-from fedzo.fl.replica import Replica
+from fedzo.fl.replica import Replica, Workspace
 from fedzo.records.folder import CONFIG, CONFIG_YAML, ENVIRONMENT, OVERRIDES, read_file
-from fedzo.report.run_data import read_environment
+from fedzo.records.texts import read_environment, read_text, write_whole
+from fedzo.report.run_data import computed_with
 from fedzo.report.sinks import phase, replaying
 from fedzo.run.peer import Peer
 from fedzo.run.process import Process, open_process
-from fedzo.run.start import check_artifact, check_base, read_begun, read_text, write_whole
-from fedzo.trainers import Workplace
+from fedzo.run.start import check_artifact, check_base, read_begun
+from fedzo.trainers import TrainerContext
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact, ArtifactStore
 
 log = logging.getLogger(__name__)
-_DECISIVE = ("fedzo", "python", "device", "threads", "cpu_capability", "float32_matmul_precision")
-"""On what of an environment, beside the packages, the numbers of a run depend."""
 
 
 def read_launch(run_dir: Path) -> LaunchConfig:
@@ -70,10 +69,8 @@ def keep_environment(run_dir: Path, now: Mapping[str, Any], *, round: int) -> No
         RunFolderError: The file holds something else, or cannot be written.
     """
     if told := read_environment(run_dir):
-        before, later = _decisive(told), told.get("later", [])
-        for each in later:
-            before.update(each)
-        changed = {name: value for name, value in _decisive(now).items() if value != before.get(name)}
+        (*_, before), later = computed_with(told), told.get("later", [])
+        changed = {name: value for name, value in next(computed_with(now)).items() if value != before.get(name)}
         if not changed:
             return
         words = ", ".join(f"{name} {value} (before {before.get(name)})" for name, value in changed.items())
@@ -81,11 +78,6 @@ def keep_environment(run_dir: Path, now: Mapping[str, Any], *, round: int) -> No
         log.warning(text, run_dir, round, printable(words, most=1000), ENVIRONMENT)
         now = {**told, "later": [*later, {"round": round, **changed}]}
     write_whole(run_dir / ENVIRONMENT, json.dumps(now, indent=2))
-
-
-def _decisive(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an environment the numbers of a run depend on, each by its name."""
-    return {**{name: environment.get(name) for name in _DECISIVE}, **environment.get("packages", {})}
 
 
 def read_run(run_dir: Path) -> RunConfig:
@@ -99,7 +91,12 @@ class Rebuilt:
     """A run's model after some of its rounds, rebuilt from base weights and log alone."""
 
     process: Process
-    replica: Replica
+    workspace: Workspace
+
+    @property
+    def replica(self) -> Replica:
+        """The trained values."""
+        return self.workspace.replica
 
 
 def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
@@ -118,13 +115,14 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
     process = open_process(config, site, site_folder=run_dir, artifacts=run_dir / ARTIFACTS)
     check_base(config, process.peer.loaded, run_dir)
     # without rows to measure on: a rebuilt model is held in float32 where the choice was open
-    replica = process.peer.workspace(_artifact(config, process.peer, run_dir)).replica
+    workspace = process.peer.workspace(_artifact(config, process.peer, run_dir))
+    replica = workspace.replica
     with phase(replaying(rounds), stderr=True, enabled=rounds > 0) as advance:
-        for record, line in zip(log.records[:rounds], log.rounds, strict=False):
+        for record, line in zip(log.records[:rounds], log.public, strict=False):
             replica.advance([record])
             replica.verify(line)
             advance(replica.position, rounds)
-    return Rebuilt(process, replica)
+    return Rebuilt(process, workspace)
 
 
 def _artifact(config: RunConfig, peer: Peer, run_dir: Path) -> Artifact:
@@ -136,8 +134,8 @@ def _artifact(config: RunConfig, peer: Peer, run_dir: Path) -> Artifact:
     for file in run_dir.iterdir():
         if file.is_file() and file.suffix not in (".jsonl", ".log"):
             (folder / file.name).write_bytes(read_file(run_dir, file.name))
-    workplace = Workplace(folder=folder, seed=config.seed, texts=partial(_no_texts, run_dir))
-    artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
+    context = TrainerContext(folder=folder, seed=config.seed, texts=partial(_no_texts, run_dir))
+    artifact = peer.trainer.prepare(peer.loaded, context).artifact
     check_artifact(config, artifact, run_dir)
     return artifact
 

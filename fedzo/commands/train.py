@@ -1,24 +1,20 @@
-"""Start a run, or go on with one that was stopped."""
+"""Start a run, and launch it: in this process, or with a server that is a process of its own."""
 
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedzo.commands.run_folder import keep_environment, read_launch, read_run, write_settings
-from fedzo.config.rules import launch_problems
-from fedzo.config.schema import LaunchConfig, with_rounds
-from fedzo.config.travel import config_hash, is_same_run, to_json
-from fedzo.errors import ConfigError, RunFolderError, shell
-from fedzo.fl.config import BestBy
-from fedzo.fl.log_store import RunLog, RunStore, best_dev_score, has_begun
+from fedzo.commands.run_folder import keep_environment, read_launch, write_settings
+from fedzo.config.schema import LaunchConfig
+from fedzo.config.travel import config_hash, to_json
+from fedzo.errors import RunFolderError, refuse, shell
+from fedzo.fl.log_store import RunStore, has_begun
 from fedzo.models.config import EMBEDDED_NAME
 from fedzo.records.folder import (
     CLIENTS_LOG,
@@ -33,20 +29,17 @@ from fedzo.records.folder import (
     STOP,
     folder_of_one_process,
     make_folder,
-    read_file,
 )
-from fedzo.records.metrics import Extension, Summary
 from fedzo.records.presence import OUTCOME
-from fedzo.report.run_data import read_environment, read_overrides
+from fedzo.records.texts import write_whole
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import run_config
 from fedzo.run.client_context import STAGE_FOLDER
 from fedzo.run.costs import warn_of_copies
 from fedzo.run.process import Process, forget_process, keep_process
-from fedzo.run.start import open_run, write_whole
+from fedzo.run.start import open_run
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment, environment_variable
-from fedzo.zo.server_optimizer import Schedule
 
 log = logging.getLogger(__name__)
 MAX_TOLD = 8  # of these at the end of a run
@@ -58,22 +51,22 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
     Raises:
         RunFolderError: The folder holds a run already, or files that no run made, or cannot be written.
     """
-    with _alone(run_dir):
+    with alone(run_dir):
         _refuse_files_of_others(run_dir)
         with RunStore(run_dir) as store:
             if has_begun(run_dir):
-                start_again = "" if store.rounds else "; it has no round yet, so you may also remove the folder"
+                start_again = "" if store.public else "; it has no round yet, so you may also remove the folder"
                 raise RunFolderError(
                     f"run folder {run_dir}: it holds a run. Use `{shell('fedzo resume', run_dir)}`, or another folder"
                     f"{start_again}."
                 )
             for left in (CONFIG, RUN_FILE, ENVIRONMENT):  # of a start that came to nothing, perhaps by other settings
                 (run_dir / left).unlink(missing_ok=True)
-            config = _with_absolute_paths(config)
+            config = with_absolute_paths(config)
             write_settings(config, run_dir, overrides)
             if not config.runtime.traits.server_process:
-                return _run(config, store)
-        _deploy(config, run_dir)
+                return run_here(config, store)
+        deploy(config, run_dir)
 
 
 def _refuse_files_of_others(run_dir: Path) -> None:
@@ -84,79 +77,6 @@ def _refuse_files_of_others(run_dir: Path) -> None:
             f"run folder {run_dir}: it must be empty or hold a run, but holds files that no run made "
             f"({', '.join(found)}). Choose another folder."
         )
-
-
-def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
-    """A sweep's job: run it, or go on with what an interrupted sweep left of it; a finished run is left alone.
-
-    What goes on does so as this command says: elsewhere, or told of otherwise.
-
-    Raises:
-        RunFolderError: The folder holds a run of other settings.
-    """
-    if not has_begun(run_dir):
-        return start_run(config, run_dir, overrides=overrides)
-    begun, store = read_launch(run_dir), config.rewriter.store
-    config = _with_absolute_paths(config)
-    if store is None:  # that of the working folder may be another one, with none of the run's rewrites
-        config.rewriter.store = begun.rewriter.store
-    if not is_same_run(begun, config):
-        raise RunFolderError(
-            f"run folder {run_dir}: it holds a run of other settings. Choose another with hydra.sweep.dir=..., or name "
-            "jobs by all that differs (hydra.sweep.subdir)."
-        )
-    if not any(ended.rounds == begun.fl.rounds for ended in RunLog(run_dir).metrics_of(Summary)):
-        with _alone(run_dir), RunStore(run_dir):  # nobody else has it, a server left over from a start neither
-            write_settings(config, run_dir, overrides)
-        resume_run(run_dir)
-
-
-def dev_objective(run_dir: Path) -> float:
-    """What a search over runs optimises: the dev score by which the best round was chosen, at that round.
-
-    It is a loss or the evaluator's value, by ``evaluation.best_by``; not a number where nothing was scored.
-
-    Raises:
-        ConfigError: What was scored has no loss to search by.
-    """
-    config = read_launch(run_dir)
-    by, score = config.evaluation.best_by, best_dev_score(RunLog(run_dir), config)
-    number = None if score is None else score.loss if by is BestBy.loss else score.value
-    if score is not None and number is None:
-        where = f"evaluators.{score.evaluator}: for evaluation.best_by={by} its dev scores must have a finite loss"
-        raise ConfigError(f"{where}, got none. Write evaluation.best_by=value.")
-    return math.nan if number is None else number
-
-
-def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
-    """Go on with a run that was stopped, or make it longer; it ends as if it had been so from its beginning.
-
-    Args:
-        run_dir: The run folder.
-        rounds: Another total, ``fl.rounds``, which makes the run longer; None for the present one.
-
-    Raises:
-        ConfigError: The run cannot be made so long.
-        RunFolderError: The folder cannot be read or written, or another process writes to it.
-    """
-    read_launch(run_dir)  # no run folder is made of another
-    read_environment(run_dir)  # a spoilt one is refused before anything is loaded or written
-    extension: _Extension | None = None
-    with _alone(run_dir):
-        try:
-            with RunStore(run_dir) as store:
-                config, extension = _extended(read_launch(run_dir), store, rounds)
-                if any(ended.rounds == config.fl.rounds for ended in store.metrics_of(Summary)):
-                    longer = f"`{shell('fedzo resume', run_dir)} fl.rounds=N` makes the run longer."
-                    log.warning("%s: all %d rounds are done, and only verified. %s", run_dir, config.fl.rounds, longer)
-                if not config.runtime.traits.server_process:
-                    return _run(config, store)
-            _deploy(config, run_dir)
-        except (ConfigError, RunFolderError):
-            if extension:
-                with RunStore(run_dir) as store:
-                    extension.take_back(store)
-            raise
 
 
 def serve_run(run_dir: Path, server_dir: Path) -> None:
@@ -183,68 +103,8 @@ def serve_run(run_dir: Path, server_dir: Path) -> None:
         serve(server_app, folder=folder, run_config=settings, startup_s=config.runtime.traits.startup_s)
 
 
-@dataclass(frozen=True, slots=True)
-class _Extension:
-    """What made a run longer, and the files as they were before: a run that is then refused is as long as before."""
-
-    record: Extension
-    files: dict[str, bytes]
-
-    def take_back(self, store: RunStore) -> None:
-        """Undo it, unless the run has gone on; from its end, so that wherever a kill hits, the next resume mends it."""
-        if len(store.records) == self.record.round:
-            for name, content in reversed(self.files.items()):
-                write_whole(store.folder / name, content.decode())
-            store.take_back(self.record)
-
-
-def _extended(config: LaunchConfig, store: RunStore, rounds: int | None) -> tuple[LaunchConfig, _Extension | None]:
-    """The run's settings with its newest total, and what made it longer just now.
-
-    The record in the log comes first, the files that tell of it follow.
-    """
-    before = max([config.fl.rounds, *(extension.rounds for extension in store.metrics_of(Extension))])
-    total = before if rounds is None else rounds
-    extension = None
-    if total != before:
-        _check_extension(config, total, before=before)
-        read_run(store.folder)  # only what has begun can be made longer
-        files = {name: read_file(store.folder, name) for name in (RUN_FILE, OVERRIDES, CONFIG_YAML, CONFIG)}
-        seconds = max((record.seconds for record in store.metrics), default=0.0)
-        record = Extension(seconds=seconds, round=len(store.records), before=before, rounds=total)
-        store.write(record)
-        extension = _Extension(record, files)
-    if total == config.fl.rounds:
-        return config, extension
-    longer = with_rounds(config, total)
-    write_whole(store.folder / RUN_FILE, to_json(with_rounds(read_run(store.folder), total)))
-    overrides = [text for text in read_overrides(store.folder) if not text.startswith("fl.rounds=")]
-    write_settings(longer, store.folder, [*overrides, f"fl.rounds={total}"])
-    return longer, extension
-
-
-def _check_extension(config: LaunchConfig, rounds: int, *, before: int) -> None:
-    """Refuse a total that would have made the committed rounds otherwise: they must be those of the longer run, too.
-
-    Of a run's parts only the schedule of the learning rate is told ``fl.rounds``.
-    """
-    if rounds < before:
-        raise ConfigError(
-            f"fl.rounds must be at least {before}, the run's present total, got {rounds}. A run can only be made "
-            "longer. `fedzo export --rounds` gives an earlier state."
-        )
-    schedule = config.server_optimizer.schedule
-    if schedule is not Schedule.constant:
-        raise ConfigError(
-            f"server_optimizer.schedule must be constant for a run to be made longer, got {schedule.value!r}: the "
-            "learning rate of every round depends on fl.rounds. Start a new run."
-        )
-    if texts := [problem.text for problem in launch_problems(with_rounds(config, rounds))]:
-        raise ConfigError("; ".join(texts))
-
-
 @contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
+def alone(run_dir: Path) -> Iterator[None]:
     """Have a run folder to oneself for as long as anything of the run is up.
 
     Where the server is a process of its own, it takes the lock of the log only once it has imported what it needs.
@@ -254,14 +114,14 @@ def _alone(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _run(config: LaunchConfig, store: RunStore) -> None:
+def run_here(config: LaunchConfig, store: RunStore) -> None:
     """Run a federation whose server is this process."""
     run_dir = store.folder.resolve()
     with _opened(config, store) as process:
         launch(config, process, run_dir)
 
 
-def _deploy(config: LaunchConfig, run_dir: Path) -> None:
+def deploy(config: LaunchConfig, run_dir: Path) -> None:
     """Run a federation whose server is a process of its own, which opens the run."""
     run_dir = run_dir.resolve()
     write_whole(run_dir / SITE_FILE, to_json(config.site()))
@@ -275,8 +135,7 @@ def _deploy(config: LaunchConfig, run_dir: Path) -> None:
 @contextmanager
 def _opened(config: LaunchConfig, store: RunStore) -> Iterator[Process]:
     run_dir = store.folder.resolve()
-    if missing := [*missing_libraries(config.trackers), *config.runtime.missing()]:
-        raise ConfigError("\n".join(problem.text for problem in missing))
+    refuse([*missing_libraries(config.trackers), *config.runtime.missing()])
     for left in (STOP, PRESENCE, OUTCOME, FAILED):  # of an earlier start; from here on `fedzo stop` is heard
         (store.folder / left).unlink(missing_ok=True)
     forget_process()  # before another model is loaded
@@ -333,7 +192,7 @@ def _environment(process: Process) -> dict[str, Any]:
     return {**machine, "run_id": peer.run_id, "config_hash": config_hash(peer.config), "command": command()}
 
 
-def _with_absolute_paths(config: LaunchConfig) -> LaunchConfig:
+def with_absolute_paths(config: LaunchConfig) -> LaunchConfig:
     """Paths that every process of the run, and a later resume, can follow from anywhere."""
     config = deepcopy(config)
     if config.preprocess and config.rewriter.store is None:

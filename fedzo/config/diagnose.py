@@ -23,6 +23,8 @@ from fedzo.errors import Problem
 
 RENAMED = {
     "optimizer": "server_optimizer",
+    "fl.seeds": "fl.directions",
+    "task.prepare": "task.derive",
     "model.max_length": "task.max_length",
     "data.num_train": "split.num_train",
     "data.num_dev": "split.num_dev",

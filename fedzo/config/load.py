@@ -15,7 +15,7 @@ from fedzo.config.diagnose import diagnose, parse_overrides, reason, respelled
 from fedzo.config.rules import launch_problems, missing_here
 from fedzo.config.schema import LaunchConfig, filled
 from fedzo.config.unused import unused_problems
-from fedzo.errors import ConfigError, Problem
+from fedzo.errors import ConfigError, Problem, listed, refuse
 from fedzo.report.trackers import missing_libraries
 
 
@@ -37,7 +37,7 @@ def load(overrides: Sequence[str], *, trains: bool = True) -> LaunchConfig:
         if config is not None:
             found += unused_problems([config], own_words(parse_overrides(overrides)[0]))
     if config is None or found:
-        raise ConfigError(message([problem.text for problem in found]))
+        raise ConfigError(listed([problem.text for problem in found]))
     return filled(config)
 
 
@@ -57,8 +57,7 @@ def checked(composed: DictConfig) -> LaunchConfig:
     except FAILURES as error:
         raise ConfigError(reason(error)) from error
     config, found = _ruled(config)
-    if found:
-        raise ConfigError(message([problem.text for problem in found]))
+    refuse(found)
     return filled(config)
 
 
@@ -104,10 +103,3 @@ def others(found: Iterable[Problem], *, refused: Iterable[Problem]) -> list[Prob
     """Without those that name a setting that was refused: what reads it has seen the default in its place."""
     keys = [rf"(?<![\w.]){re.escape(problem.key)}(?!\w)" for problem in refused if problem.key]
     return [problem for problem in found if not any(re.search(key, problem.text) for key in keys)]
-
-
-def message(lines: Sequence[str]) -> str:
-    """One text for all problems."""
-    if len(lines) == 1:
-        return lines[0]
-    return "\n".join([f"{len(lines)} problems in the configuration:", *(f"  - {line}" for line in lines)])

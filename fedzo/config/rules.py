@@ -19,8 +19,8 @@ from fedzo.data.config import SplitConfig
 from fedzo.data.sources import EMBEDDED
 from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
 from fedzo.evaluate.base import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES, metric_names
-from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, Weighting
-from fedzo.fl.server.aggregate import num_trimmed
+from fedzo.fl.config import Aggregation, Directions, FaultsConfig, FlConfig, SiteLimitsConfig, Weighting, keeps_columns
+from fedzo.fl.server.shares import num_trimmed
 from fedzo.records.fields import HASH, MAX_CLIENTS, MAX_OWNERS, MAX_ROUNDS, MAX_STEPS
 from fedzo.registry import broken_rules, problems_of
 from fedzo.system import MAX_THREADS
@@ -220,10 +220,9 @@ def _fl(config: RunSettings) -> Iterator[Problem]:
     ):
         if count > most:
             yield problem(key, f"be at most {most}, the maximum of a record of the log", count, "Lower it.")
-    own_columns = fl.seeds is not Seeds.shared or config.server_optimizer.traits.walks_clients
-    if own_columns and fl.num_clients > MAX_OWNERS:
+    if keeps_columns(config) and fl.num_clients > MAX_OWNERS:
         rule = f"be at most {MAX_OWNERS} where the log keeps each client's own scalars"
-        yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and server_optimizer=sgd.")
+        yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.directions=shared and server_optimizer=sgd.")
     yield from at_least("fl.batch_size", fl.batch_size, 1, "Write a client's number of rows per step.")
     for key, count, most in (
         ("fl.num_clients", fl.num_clients, MAX_CLIENTS),
@@ -286,9 +285,10 @@ def _aggregation(config: RunSettings) -> Iterator[Problem]:
     if strategy.aggregation is Aggregation.mean:
         return
     chosen = f"strategy.aggregation={strategy.aggregation}"
-    if config.fl.seeds is not Seeds.shared:
+    if config.fl.directions is not Directions.shared:
         rule = f"be shared for {chosen}, which compares scalars along the same direction"
-        yield problem("fl.seeds", rule, config.fl.seeds, "Write fl.seeds=shared, or strategy.aggregation=mean.")
+        remedy = "Write fl.directions=shared, or strategy.aggregation=mean."
+        yield problem("fl.directions", rule, config.fl.directions, remedy)
     if strategy.weighting is not Weighting.uniform:
         rule = f"be uniform for {chosen}, which gives every client equal weight"
         remedy = "Write strategy.weighting=uniform, or strategy.aggregation=mean."

@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedzo.config.compose import FAILURES, compose_run, group_names, option_names, session, with_models
 from fedzo.config.diagnose import diagnose, parse_overrides, reason
-from fedzo.config.load import check, message, others, own_words
+from fedzo.config.load import check, others, own_words
 from fedzo.config.overrides import quoted
 from fedzo.config.schema import LaunchConfig, filled
 from fedzo.config.unused import unused_problems
-from fedzo.errors import ConfigError, Problem, problem
+from fedzo.errors import ConfigError, Problem, listed, problem
 from fedzo.evaluate import EVALUATORS
 from fedzo.fl.config import BestBy
 
@@ -69,7 +69,7 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
             raise ConfigError(f"{swept[0]}: a setting of Hydra itself must have one value, got several. Choose one.")
         own, wrong = _hydra_node(parsed)
         if lines := [each.text for each in wrong if "hydra/sweeper must" in each.text]:
-            raise ConfigError(message(lines))  # without it, nobody knows the jobs
+            raise ConfigError(listed(lines))  # without it, nobody knows the jobs
         _check_folder_stays(own)
         folder = Path(str(own.sweep.dir))
         pinned = [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"]
@@ -234,7 +234,7 @@ def _check_jobs(
     if len(configs) == len(jobs):
         lines += [each.text for each in unused_problems(configs, own_words(words), is_search=is_search)]
     if lines:
-        raise ConfigError(message(lines))
+        raise ConfigError(listed(lines))
     return [filled(config) for config in configs]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fedzo.config.schema import RunSettings
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.tasks import template_faults
+from fedzo.data.tasks import lists_candidates, template_faults
 from fedzo.errors import Problem, at_least, problem
 
 
@@ -24,7 +24,8 @@ def task_problems(config: RunSettings) -> Iterator[Problem]:
         yield from _candidates(task)
     else:
         if not task.answer:
-            remedy = "Name the answer's column, as in task.answer='{answer}'."
+            blank = " " if task.kind is TaskKind.generation else ""  # most tokenizers join it to the word after it
+            remedy = f"Name the answer's column, as in task.answer='{blank}{{answer}}'."
             yield problem("task.answer", f"not be empty for task.kind={task.kind}", task.answer, remedy)
         else:
             yield from _template("task.answer", task.answer)
@@ -37,6 +38,9 @@ def task_problems(config: RunSettings) -> Iterator[Problem]:
         yield problem("task.common_shift", "be > 0 and <= 1", task.common_shift, "1 leaves the loss as it is.")
     elif task.common_shift < 1 and task.loss is not Loss.candidates:
         rule = "be 1 for task.loss=lm, which compares no answers"
+        yield problem("task.common_shift", rule, task.common_shift, "Leave it out.")
+    elif task.common_shift < 1 and lists_candidates(task):
+        rule = "be 1 for rows that list their own candidates, whose scores have nothing in common"
         yield problem("task.common_shift", rule, task.common_shift, "Leave it out.")
     elif task.common_shift < 1 and config.fl.batch_size < 2:
         rule = "be 1 with fl.batch_size=1, where a row has nothing in common with another"
@@ -51,16 +55,18 @@ def _template(key: str, template: str, *, constant: bool = False) -> Iterator[Pr
 
 
 def _candidates(task: TaskConfig) -> Iterator[Problem]:
-    if len(task.candidates) < 2:
+    is_listed = lists_candidates(task)
+    if len(task.candidates) < 2 and not is_listed:
         rule = "hold at least 2 answers for task.kind=candidates"
-        yield problem("task.candidates", rule, task.candidates, "List the answers in the order of the labels.")
+        remedy = "List the answers in the order of the labels, or write one with a {column} that lists a row's own."
+        yield problem("task.candidates", rule, task.candidates, remedy)
     labels = [label.strip() for label in task.labels]  # as they are compared with the column's values
     for key, texts in (("task.candidates", task.candidates), ("task.labels", labels)):
         if len(set(texts)) < len(texts):
             yield problem(key, "differ from one another", texts, "Each answer has one label and one text.")
     for candidate in task.candidates:
         yield from _template("task.candidates", candidate, constant=True)
-    if task.labels and len(task.labels) != len(task.candidates):
+    if task.labels and len(task.labels) != len(task.candidates) and not is_listed:
         rule = f"hold one value per candidate ({len(task.candidates)})"
         yield problem("task.labels", rule, task.labels, "Or leave it empty when the column holds indices.")
     if not task.label:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from fedzo.config.plugins import option_of, plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig
-from fedzo.data.config import TaskKind
+from fedzo.data.tasks import has_labels, lists_candidates
 from fedzo.errors import Problem, problem
-from fedzo.fl.config import Aggregation, Seeds, Weighting
+from fedzo.fl.config import Aggregation, Directions, Weighting
 from fedzo.models.config import DType, Quantization
 from fedzo.trainers import named_with
 
@@ -119,8 +119,10 @@ def runtime_problems(config: LaunchConfig) -> Iterator[Problem]:
 
 def partition_problems(config: RunSettings) -> Iterator[Problem]:
     """What rows must have to be dealt."""
-    if config.partition.traits.by_label and config.task.kind is not TaskKind.candidates:
-        rule = f"not depend on labels for task.kind={config.task.kind}, which has none"
+    if config.partition.traits.by_label and not has_labels(config.task):
+        listed = "rows that list their own candidates, which have none"
+        which = listed if lists_candidates(config.task) else f"task.kind={config.task.kind}, which has none"
+        rule = f"not depend on labels for {which}"
         yield problem("partition", rule, plugin_name("partition", config.partition), "Use partition=iid or natural.")
     if config.partition.traits.own_rows:
         yield from _own_rows(config, option_of(config, "partition"))
@@ -153,9 +155,9 @@ def server_optimizer_problems(config: RunSettings) -> Iterator[Problem]:
 
 def _walks(config: RunSettings, chosen: str) -> Iterator[Problem]:
     other = "or another server_optimizer."
-    if config.fl.seeds is not Seeds.shared:
+    if config.fl.directions is not Directions.shared:
         rule = f"be shared for {chosen}, whose log keeps each client's own scalars along shared directions"
-        yield problem("fl.seeds", rule, config.fl.seeds, f"Write fl.seeds=shared, {other}")
+        yield problem("fl.directions", rule, config.fl.directions, f"Write fl.directions=shared, {other}")
     if config.strategy.weighting is not Weighting.uniform:
         rule = f"be uniform for {chosen}, whose state is an unweighted mean over the clients"
         yield problem(
@@ -182,9 +184,9 @@ def gradient_problems(config: RunSettings) -> Iterator[Problem]:
         return
     chosen = option_of(config, "estimator")
     other = "or choose another estimator."
-    if config.fl.seeds is not Seeds.shared:
+    if config.fl.directions is not Directions.shared:
         rule = f"be shared for {chosen}, which has no directions"
-        yield problem("fl.seeds", rule, config.fl.seeds, f"Write fl.seeds=shared, {other}")
+        yield problem("fl.directions", rule, config.fl.directions, f"Write fl.directions=shared, {other}")
     if not config.server_optimizer.traits.takes_vectors:
         name = plugin_name("server_optimizer", config.server_optimizer)
         rule = f"be one that moves the model by a vector for {chosen}, such as sgd"
@@ -208,7 +210,7 @@ def step_policy_problems(config: RunSettings) -> Iterator[Problem]:
     if traits.compares_abs_g and config.strategy.aggregation is Aggregation.majority_sign:
         rule = "not be majority_sign for a step policy that reads |g|: the clients send only the sign of g"
         yield problem("strategy.aggregation", rule, "majority_sign", "Choose another, or step_policy=none.")
-    if traits.needs_labels and config.task.kind is not TaskKind.candidates:
+    if traits.needs_labels and not has_labels(config.task):
         got = plugin_name("step_policy", config.step_policy)
         rule = f"not be {got} for a task without labels"
-        yield problem("step_policy", rule, got, "Choose a task with candidates, or another step_policy.")
+        yield problem("step_policy", rule, got, "Choose a task with labels, or another step_policy.")

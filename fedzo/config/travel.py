@@ -18,12 +18,11 @@ from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, ge
 import yaml
 
 from fedzo.config.diagnose import dotted_keys, near_key
-from fedzo.config.load import message
 from fedzo.config.plugins import list_classes, plugin_classes, plugin_name
 from fedzo.config.rules import launch_problems, run_problems, site_file_problems
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, SiteFile, filled
 from fedzo.config.yaml_files import read_yaml
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, listed, refuse
 from fedzo.records.decode import parse_json
 
 _TOP = "configuration"
@@ -69,9 +68,7 @@ def from_json(text: str, config_class: type[Config]) -> Config:
             f"configuration must be of version {VERSION}, got {got}. Use the fedzo that made the run folder."
         )
     config = cast(Config, _decode_class(config_class, plain, _TOP))
-    found = launch_problems(config) if isinstance(config, LaunchConfig) else run_problems(config)
-    if texts := [problem.text for problem in found]:
-        raise ConfigError("; ".join(texts))
+    refuse(launch_problems(config) if isinstance(config, LaunchConfig) else run_problems(config))
     return filled(config)
 
 
@@ -99,7 +96,7 @@ def load_site(path: Path) -> SiteFile:
         raise ConfigError(f"site configuration {path}: {error} {_how_to_write(SiteFile)}") from error
     found += [problem.text for problem in site_file_problems(site)]
     if found:
-        raise ConfigError(f"site configuration {path}: {message(found)}")
+        raise ConfigError(f"site configuration {path}: {listed(found)}")
     site.model.name = _located(site.model.name, path.parent)
     for section, key in ((site.data, "path"), *((site.rewriter, key) for key in site.rewriter.paths)):
         if (named := getattr(section, key)) is not None:

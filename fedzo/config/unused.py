@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fedzo.config.plugins import option_of
 from fedzo.config.schema import LaunchConfig
-from fedzo.data.tasks import num_labels
+from fedzo.data.tasks import lists_candidates, num_labels
 from fedzo.errors import Problem, printable
-from fedzo.fl.config import Aggregation, Seeds, Weighting
+from fedzo.fl.config import Aggregation, Directions, Weighting
 from fedzo.models.config import DType
 from fedzo.trainers.base import TrainerConfig
 from fedzo.trainers.calibration import CalibratedConfig
@@ -61,7 +61,9 @@ def _rows(config: LaunchConfig) -> Iterator[Row]:
     elif estimator.eps is not None:
         yield "trainer.eps", "beside estimator.eps, which is used in its place", "Write one of them."
     if config.fl.label_counts and num_labels(config.task) == 0:
-        yield "fl.label_counts", f"for task.kind={config.task.kind}, whose rows have no labels", "Leave it out."
+        listed = "rows that list their own candidates, which"
+        which = listed if lists_candidates(config.task) else f"task.kind={config.task.kind}, whose rows"
+        yield "fl.label_counts", f"for {which} have no labels", "Leave it out."
     if config.runtime.traits.takes_turns:
         why = f"for {option_of(config, 'runtime')}, where clients run one after another, without a limit"
         yield "strategy.deadline_s", why, "Leave it out."
@@ -82,8 +84,8 @@ def _of_trainer(trainer: TrainerConfig) -> Iterator[Row]:
 def _of_updates(config: LaunchConfig) -> Iterator[Row]:
     strategy, is_sign = config.strategy, config.strategy.aggregation is Aggregation.majority_sign
     sizeless = "for strategy.aggregation=majority_sign, since a sign has no size", "Leave it out."
-    if config.fl.seeds is not Seeds.pool:
-        yield "fl.pool_size", "without fl.seeds=pool", "Write fl.seeds=pool, or leave it out."
+    if config.fl.directions is not Directions.pool:
+        yield "fl.pool_size", "without fl.directions=pool", "Write fl.directions=pool, or leave it out."
     if strategy.weighting is Weighting.uniform:
         why = "for strategy.weighting=uniform, which does not use it"
         yield "strategy.size_cap", why, "Write strategy.weighting=size, or leave it out."

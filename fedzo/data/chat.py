@@ -87,8 +87,17 @@ def chat_end(tokenizer: Any) -> set[int]:
     if not behind:
         return set()
     ids = tokenizer([behind], add_special_tokens=False, verbose=False)["input_ids"][0]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {next(token for token in ids if token in special)} if special.intersection(ids) else set()
+    special = special_tokens(tokenizer)
+    return set([token for token in ids if token in special][:1])
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The special tokens that a text may hold, by id: wherever it has their text, they are read."""
+    try:
+        added = tokenizer.added_tokens_decoder.items()
+    except (AttributeError, NotImplementedError):  # mistral-common's has none: it reads all of a text as text
+        return {}
+    return {number: token.content for number, token in added if token.special}
 
 
 def after_thought(text: str) -> str:

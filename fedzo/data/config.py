@@ -38,7 +38,8 @@ class TaskConfig:
     template: str = ""
     """The prompt. ``{column}`` is replaced by the value of the row, without outer whitespace."""
     candidates: list[str] = field(default_factory=list)
-    """The answers, in the order of the labels. Answers may hold columns (``{choice1}``)."""
+    """The answers, in the order of the labels. Answers may hold columns (``{choice1}``). A single one stands for each
+    value that its column lists: rows then have candidates of their own, whose numbers are no labels."""
     label: str = "label"
     """Column of the right answer: index of a candidate, or a value of ``labels``."""
     labels: list[str] = field(default_factory=list)
@@ -47,8 +48,9 @@ class TaskConfig:
     """Template of the right answer (generation, instruction). A column in it may list several: the first is trained on,
     and a score counts the one that is nearest to the model's. ``{answers.text}`` is the field ``text`` of an object in
     the column ``answers``, or of each object in a list."""
-    prepare: str | None = None
-    """A built-in row preparation (``alpaca``, ``boolq``, ``copa``, ``wsc``), for what a template cannot express."""
+    derive: str | None = None
+    """Built-in fields made of a row's columns (``alpaca``, ``boolq``, ``copa``, ``wsc``), for what a template cannot
+    express."""
     common_shift: float = 1.0
     """Factor on the mean of the candidates' scores over a client's batch, in the training loss, also as logged; dev and
     test scores do not change. Below 1, the bias towards an answer is trained more slowly, so larger learning rates can

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedzo.data.chat import chat_end, chat_opening, chat_texts
 from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.encode_warnings import (
+    tell_endless_answers,
+    tell_endless_turns,
+    tell_other_texts,
+    tell_other_tokens,
+    tell_special_tokens,
+)
 from fedzo.data.files import Row
 from fedzo.data.tasks import Rendered, beginning, render
 from fedzo.errors import ConfigError
-from fedzo.system import warn_once
 
-log = logging.getLogger(__name__)
-
-_FORMAT = "fedzo-prompt/3"  # change it when rendering or preparations change, so that old and new sites do not mix
+_FORMAT = "fedzo-prompt/4"  # change it when rendering or derivations change, so that old and new sites do not mix
 _SAMPLE = "a"  # a text on which is seen what the tokenizer puts before and after one
-_BLOCK_ROWS = 1024  # tokenised at once: what a tokenizer holds of a text takes far more room than its tokens
+_BLOCK_CHARS = 1 << 20  # tokenised at once: what a tokenizer holds of a text takes far more room than its tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +39,10 @@ class Example:
             instruction.
         label: Index of the right candidate.
         references: All right answers as text, the one to learn first (generation, instruction).
-        cut: Whether the prompt, the right answer, or the prompt that an answer is written from, lost tokens, so that
-            all of it fits ``task.max_length``.
+        cut: Whether the prompt or the right answer lost tokens, so that both fit ``task.max_length``.
         written_from: Token ids of the prompt from which a model writes an answer of its own, where they are others than
             ``prompt``: that one is cut by the length of the right answer, and ends before a token that the two share.
+        written_cut: Whether that one lost tokens, so that ``task.max_new_tokens`` fit behind it.
         one_token: Whether each answer is a single token, so that one forward of the prompt serves them all.
     """
 
@@ -49,6 +52,7 @@ class Example:
     references: tuple[str, ...] = ()
     cut: bool = False
     written_from: tuple[int, ...] = ()
+    written_cut: bool = False
     one_token: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +62,11 @@ class Example:
     def generation_prompt(self) -> tuple[int, ...]:
         """The prompt that a model writes an answer to, whatever the right one is."""
         return self.written_from or self.prompt
+
+    @property
+    def scored_cut(self) -> bool:
+        """Whether a score of the row, its loss or what is written, goes by a text that lost tokens."""
+        return self.cut or self.written_cut
 
 
 class Tokenizer(Protocol):
@@ -80,13 +89,14 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
     """Render rows and tokenise them.
 
     The answer's tokens are those after the prompt's; where a token spans the border, the parting moves left to the
-    longest prefix that the prompt and all candidates share, so that each answer has a token. What the tokenizer puts
-    behind every text is part of an answer that is written, since it ends there, but of no candidate. An ``instruction``
-    goes through the tokenizer's chat template, and its answer ends with the turn. A longer prompt loses its beginning,
-    but not what the tokenizer or the chat template puts before it; a longer reference answer loses its end, so that
-    half of ``max_length`` is left for the prompt. ``Example.cut`` tells. The prompt that an answer is written from is
-    that of ``encode_prompts`` or ``encode_instructions``, with room for ``task.max_new_tokens`` behind it, by the same
-    rule.
+    longest prefix that the prompt and all candidates share, so that each answer has a token. Where candidates do not
+    begin alike, all tokens that they share are the prompt's, which alone may have others at its end. What the
+    tokenizer puts behind every text is part of an answer that is written, since it ends there, but of no candidate. An
+    ``instruction`` goes through the tokenizer's chat template, and its answer ends with the turn. A longer prompt loses
+    its beginning, but not what the tokenizer or the chat template puts before it; a longer reference answer loses its
+    end, so that half of ``max_length`` is left for the prompt. ``Example.cut`` tells. The prompt that an answer is
+    written from is that of ``encode_prompts`` or ``encode_instructions``, with room for ``task.max_new_tokens`` behind
+    it, by the same rule.
 
     Args:
         rows: The rows.
@@ -99,32 +109,55 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
         ConfigError: A row does not fit the task, candidates do not fit ``max_length``, or there is no chat template.
     """
     examples: list[Example] = []
-    for first in range(0, max(1, len(rows)), _BLOCK_ROWS):  # a tokenizer that cannot serve is refused without rows, too
-        block = rows[first : first + _BLOCK_ROWS]
+    for first, block in _blocks(rows, task):
         examples += _encode_block(block, task, tokenizer=tokenizer, max_length=max_length, first=first)
     return examples
 
 
+def _blocks(rows: Sequence[Row], task: TaskConfig) -> Iterator[tuple[int, list[Rendered]]]:
+    """Rendered rows that are tokenised at once, and the number of the first.
+
+    Without rows one empty block, so that a tokenizer that cannot serve is refused all the same.
+    """
+    block: list[Rendered] = []
+    num_chars = 0
+    for number, row in enumerate(rows):
+        rendered = _render(number, row, task)
+        more = sum(len(rendered.prompt) + len(answer) for answer in ("", *rendered.answers))
+        if block and num_chars + more > _BLOCK_CHARS:
+            yield number - len(block), block
+            block, num_chars = [], 0
+        block.append(rendered)
+        num_chars += more
+    yield len(rows) - len(block), block
+
+
 def _encode_block(
-    rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_length: int, first: int
+    rendered: list[Rendered], task: TaskConfig, *, tokenizer: Tokenizer, max_length: int, first: int
 ) -> list[Example]:
     """As ``encode``; ``first`` is the number of the first row."""
-    rendered = [_render(number, row, task) for number, row in enumerate(rows, first)]
     names = [row_name(number, row.prompt) for number, row in enumerate(rendered, first)]
     texts, add_special_tokens = _texts(rendered, task, tokenizer, names=names)
-    if not rows:
+    if not rendered:
         return []
+    tell_special_tokens(rendered, task, tokenizer)
     ids = _ids(texts, tokenizer, add_special_tokens=add_special_tokens, names=names)
     begin, num_after, turn_end = _frame(task, tokenizer)
     is_written = task.kind is not TaskKind.candidates
     num_behind = 0 if is_written else num_after
     room_to_write = max(max_length - task.max_new_tokens, max_length // 2)
     examples, start = [], 0
+    known: dict[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] = {}  # most rows have the same candidates
     for name, group, row in zip(names, texts, rendered, strict=True):
         prompt, *joint = (tuple(tokens) for tokens in ids[start : start + len(group)])
         start += len(group)
         prompt, joint = prompt[: len(prompt) - num_after], [tokens[: len(tokens) - num_behind] for tokens in joint]
-        cut = min(_common(prompt, joint), min(map(len, joint)) - 1)
+        part_at_once = len({answer.encode(errors="replace")[0] for answer in row.answers}) > 1
+        # the prompt alone may end in other tokens: GPT-2's split joins two line breaks, but not before a word
+        shared = _common(joint[0], joint[1:]) if part_at_once else _common(prompt, joint)
+        cut = min(shared, min(map(len, joint)) - 1)
+        if is_written and cut < len(prompt) and group[1].startswith(group[0]):
+            tell_other_tokens(task)
         whole = answers = tuple(_through(tokens[cut:], turn_end) for tokens in joint)
         if cut < 1:
             raise ConfigError(f"{name}: the prompt must have a token of its own, got none. Extend task.template.")
@@ -137,15 +170,24 @@ def _encode_block(
         if is_written:
             room = max(max_length - cut, max_length // 2)
             whole, answers = answers, tuple(answer[:room] for answer in answers)
-        head = _shortened(prompt[:cut], max_length - max(map(len, answers)), begin=begin)
+        head = _shortened(joint[0][:cut], max_length - max(map(len, answers)), begin=begin)
         if not head:
             raise ConfigError(
                 f"{name}: the longest candidate has {max(map(len, answers))} tokens and task.max_length is "
                 f"{max_length}, no room is left for the prompt. Raise task.max_length or shorten the candidates."
             )
         asked = _shortened(prompt, room_to_write, begin=begin) if is_written else head
-        is_cut = len(head) < cut or answers != whole or (is_written and len(asked) < len(prompt))
-        examples.append(Example(head, answers, row.label, row.references, is_cut, () if asked == head else asked))
+        examples.append(
+            Example(
+                prompt=head,
+                candidates=known.setdefault(answers, answers),
+                label=row.label,
+                references=row.references,
+                cut=len(head) < cut or answers != whole,
+                written_from=() if asked == head else asked,
+                written_cut=is_written and len(asked) < len(prompt),
+            )
+        )
     return examples
 
 
@@ -180,7 +222,7 @@ def row_name(number: int, prompt: str) -> str:
 
 def task_digest(task: TaskConfig) -> str:
     """SHA-256 (hex) of all that defines prompts, answers and labels; sites with the same digest read a row alike."""
-    fields = (task.kind, task.template, task.candidates, task.label, task.labels, task.answer, task.prepare)
+    fields = (task.kind, task.template, task.candidates, task.label, task.labels, task.answer, task.derive)
     return hashlib.sha256(json.dumps([_FORMAT, *fields], ensure_ascii=True).encode("ascii")).hexdigest()
 
 
@@ -200,13 +242,11 @@ def _frame(task: TaskConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], int
     if task.kind is not TaskKind.instruction:
         before, num_after = _around(tokenizer)
         bos: tuple[int, ...] = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+        if not num_after:
+            tell_endless_answers(task, tokenizer)
         return before or bos, num_after, set()  # a template may write BOS itself
     if not (turn_end := chat_end(tokenizer)):
-        warn_once(
-            log,
-            f"task {task.name!r}: this model's chat template ends an answer with no special token, so nothing teaches "
-            "the model where to stop. Choose another model, or a chat template that writes one.",
-        )
+        tell_endless_turns(task)
     return chat_opening(tokenizer), 0, turn_end
 
 
@@ -235,12 +275,7 @@ def _texts(
         except Exception as error:  # whatever the template's own code raises
             raise _unencodable(name, "chat template", error) from error
     if not all(answered.startswith(asked) for asked, answered in texts):
-        warn_once(
-            log,
-            f"task {task.name!r}: this model's chat template begins an answer that is to be written otherwise than the "
-            "answer of a row, by a thought in most templates. So the model learns behind one text and writes behind "
-            "another. Take thoughts out of the answers, or choose another model or chat template.",
-        )
+        tell_other_texts(task)
     return texts, False  # a chat template writes its special tokens itself
 
 

@@ -15,12 +15,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
+from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.files import Row, refuse_marked
 from fedzo.data.partition import PartitionConfig, holdout, partition, partition_digest
 from fedzo.data.preprocess import Stage, preprocess, summaries
 from fedzo.data.sources import Splits, load_own, load_splits
-from fedzo.data.tasks import label_index, render
+from fedzo.data.tasks import has_labels, label_index, render
 from fedzo.system import OnProgress, no_progress
 from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
 
@@ -114,7 +114,7 @@ class ClientRows:
 
     def label_counts(self, task: TaskConfig) -> Mapping[str, int]:
         """Number of training rows of each label; empty for a task without labels."""
-        if task.kind is not TaskKind.candidates:
+        if not has_labels(task):
             return {}
         counts = Counter(label_index(row, task) for row in self.train)
         return {str(label): counts[label] for label in sorted(counts)}
@@ -129,7 +129,7 @@ def client_rows(
     stages: Mapping[str, Stage] | None = None,
     on_progress: OnProgress = no_progress,
 ) -> ClientRows:
-    """A client's rows, parted and prepared.
+    """A client's rows, parted, those to train on as the stages make them.
 
     Args:
         source: Gives all its rows.

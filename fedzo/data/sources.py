@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED: dict[str, Callable[[], list[Row]]] = {"rotten_tomatoes": rotten_tomatoes}
 """Tasks whose rows come with an install."""
 _STEMS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
+_PART = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")  # of a file that is stored in several, as by the Hub
 _LIKE_ROWS = {*SUFFIXES, ".gz", ".xls", ".xlsx", ".zip"}  # what somebody may have meant to be read
 _DRAWN_PART = 4  # a dev or test split drawn from train takes at most a quarter of it
 
@@ -49,10 +50,11 @@ class _Item:
 def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Splits:
     """Read a task's rows, check each against the task, and set dev and test apart from train.
 
-    A folder may hold ``train``, ``dev`` (or ``validation``, ``valid``, ``val``) and ``test`` files. A missing dev or
-    test split is drawn from train, whole prompts with all their rows, a quarter of its rows at most. A warning tells of
-    fewer than were asked for, and of files that are not read. Dev rows with the prompt of a test row, and train rows
-    with the prompt of a dev or test row, are left out with a warning. Rows keep the order of their file.
+    A folder may hold ``train``, ``dev`` (or ``validation``, ``valid``, ``val``) and ``test`` files, each of them whole
+    or in all its parts (``train-00000-of-00002.parquet``). A missing dev or test split is drawn from train, whole
+    prompts with all their rows, a quarter of its rows at most. A warning tells of fewer than were asked for, and of
+    files that are not read. Dev rows with the prompt of a test row, and train rows with the prompt of a dev or test
+    row, are left out with a warning. Rows keep the order of their file.
 
     Args:
         data: Where the rows are.
@@ -124,10 +126,10 @@ def read_own(path: Path) -> list[Located]:
     Raises:
         ConfigError: There is no such file, it is malformed, or it holds no row.
     """
-    file = _own_file(path)
-    located = read_located(file)
+    files = _own_files(path)
+    located = _located(files)
     if not located:
-        raise ConfigError(f"{file}: must hold a row, got none. Name another file.")
+        raise ConfigError(f"{files[0]}: must hold a row, got none. Name another file.")
     return located
 
 
@@ -138,16 +140,17 @@ def own_files(path: str) -> list[Path]:
         ConfigError: There is none, or a folder has no ``train`` file.
     """
     if "{client}" not in path:
-        return [_own_file(Path(path))]
+        return _own_files(Path(path))
     parts = re.split(r"(?:\{client\})+", str(Path(path)))
     pattern, numbered = Path("*".join(map(glob.escape, parts))), re.compile(r"\d+".join(map(re.escape, parts)))
     found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    return [_own_file(each) for each in found if numbered.fullmatch(str(each))] or [_own_file(Path(path))]
+    named = [each for each in found if numbered.fullmatch(str(each))] or [Path(path)]
+    return [file for each in named for file in _own_files(each)]
 
 
-def _own_file(path: Path) -> Path:
+def _own_files(path: Path) -> list[Path]:
     path = _existing(path)
-    return _files(path)[0]["train"] if path.is_dir() else path
+    return _files(path)[0]["train"] if path.is_dir() else [path]
 
 
 def _existing(path: Path) -> Path:
@@ -171,35 +174,48 @@ def _read(
         rows = [(f"{task.name}, row {number}", row) for number, row in enumerate(embedded, start=1)]
         return {"train": rows}, {"train"}, []
     path = _existing(Path(config.path))
-    files, others = _files(path) if path.is_dir() else ({"train": path}, [])
-    located = {name: read_located(file) for name, file in files.items() if name not in unused}
+    files, others = _files(path) if path.is_dir() else ({"train": [path]}, [])
+    located = {name: _located(parts) for name, parts in files.items() if name not in unused}
     for name, rows in located.items():
         if not rows:
-            raise ConfigError(f"{files[name]}: must hold a row, got none. Fill or remove it.")
+            raise ConfigError(f"{files[name][0]}: must hold a row, got none. Fill or remove it.")
     return located, files.keys(), others
 
 
-def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The file of each split in a folder, in capitals or not, and the names of others that may have been meant."""
+def _files(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The file of each split in a folder, or its parts, in capitals or not; the names of others that may be meant."""
     with raised_as(
         ConfigError, f"{folder}: data.path must be a folder that can be listed", "Give its reader the right."
     ):
         entries = sorted(folder.iterdir())
-    found: dict[str, Path] = {}
+    found: dict[str, list[Path]] = {}
     for name, stems in _STEMS.items():
         names = {f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES}
-        there = [path for path in entries if path.name.lower() in names and path.is_file()]
-        if len(there) > 1:
-            got = ", ".join(path.name for path in there)
-            raise ConfigError(f"{folder}: one {name} file must exist, got {got}. Remove all but one.")
+        there = [path for path in entries if _PART.sub("", path.name.lower()) in names and path.is_file()]
+        if there and not _is_one(there):
+            got = ", ".join([path.name for path in there][:20])
+            raise ConfigError(f"{folder}: one {name} file must exist, got {got}. Keep one, with all parts that it has.")
         if there:
-            found[name] = there[0]
+            found[name] = there
     if "train" not in found:
         held = ", ".join([path.name for path in entries][:20]) or "nothing"
         raise ConfigError(
             f"{folder}: must hold a file train.* ({', '.join(SUFFIXES)}), it holds {held}. Check data.path."
         )
-    return found, [path.name for path in entries if path not in found.values() and _LIKE_ROWS & {*path.suffixes}]
+    read = {path for parts in found.values() for path in parts}
+    return found, [path.name for path in entries if path not in read and _LIKE_ROWS & {*path.suffixes}]
+
+
+def _is_one(paths: list[Path]) -> bool:
+    """Whether these are one whole file, or all parts of one in their order."""
+    names = [path.name.lower() for path in paths]
+    if (part := _PART.search(names[0])) is None:
+        return len(names) == 1
+    return names == [names[0].replace(part[0], f"-{number:05}-of-{part[1]}") for number in range(int(part[1]))]
+
+
+def _located(parts: list[Path]) -> list[Located]:
+    return [located for file in parts for located in read_located(file)]
 
 
 def _shuffled(rows: list[Located], task: TaskConfig, *, name: str, seed: int) -> list[_Item]:

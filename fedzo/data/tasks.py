@@ -1,4 +1,4 @@
-"""Rows to text: templates, and the few preparations that a template cannot express.
+"""Rows to text, by templates.
 
 A template is text in which ``{column}`` stands for a row's value. It is filled by one regular-expression pass and
 nothing else (no format specs, no attributes), so a template or a row from elsewhere can read nothing but the row.
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.derivations import find_derivation
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
 
@@ -51,13 +52,12 @@ def render(row: Row, task: TaskConfig) -> Rendered:
         ConfigError: A column is missing, empty or not text, the label is not one of the candidates, or an answer is
             blank.
     """
-    fields = prepared(row, task)
+    fields = derived(row, task)
     prompt = _fill(task.template, fields, "task.template")
     if task.kind is TaskKind.candidates:
-        answers = tuple(_fill(candidate, fields, "task.candidates") for candidate in task.candidates)
-        rendered = Rendered(prompt, answers, label_index(row, task))
+        rendered = Rendered(prompt, _candidates(fields, task), label_index(row, task))
     else:
-        written = _written(fields, task)
+        written = _filled(task.answer, fields, "task.answer")
         rendered = Rendered(prompt, written[:1], 0, tuple(answer.strip() for answer in written))
     for answer in rendered.answers:
         if not answer.strip():
@@ -116,7 +116,7 @@ def is_missing(value: object, *, may_be_word: bool = True) -> bool:
 
 def answers_in(row: Row, column: str) -> list[Any]:
     """The values in a column of ``task.answer``: all that it lists, of which the first is learned, or its only one."""
-    value = _opened(row, column).get(column)
+    value = _opened(row, [column]).get(column)
     return value if isinstance(value, list) else [value]
 
 
@@ -124,20 +124,30 @@ def answer_columns(task: TaskConfig) -> tuple[str, ...]:
     """The columns of a row that its written answer is made of; none where the answer is one of candidates.
 
     Raises:
-        ConfigError: ``task.prepare`` names no preparation.
+        ConfigError: ``task.derive`` names no derivation.
     """
     if task.kind is TaskKind.candidates:
         return ()
     columns = [*dict.fromkeys(FIELD.findall(task.answer))]
-    if task.prepare is None:
+    if task.derive is None:
         return tuple(columns)
-    preparation = _preparation(task.prepare)
-    return (*(each for each in columns if each not in preparation.makes), *preparation.answers)
+    derivation = find_derivation(task.derive)
+    return (*(each for each in columns if each not in derivation.makes), *derivation.answers)
+
+
+def lists_candidates(task: TaskConfig) -> bool:
+    """Whether each row lists its own candidates, in a column of the only one that the task names."""
+    return task.kind is TaskKind.candidates and len(task.candidates) == 1 and bool(FIELD.search(task.candidates[0]))
+
+
+def has_labels(task: TaskConfig) -> bool:
+    """Whether rows have labels: numbers of answers that are the same in all rows."""
+    return task.kind is TaskKind.candidates and not lists_candidates(task)
 
 
 def num_labels(task: TaskConfig) -> int:
-    """Labels that rows of the task may have; 0 where answers are written."""
-    return len(task.candidates) if task.kind is TaskKind.candidates else 0
+    """Labels that rows of the task may have; 0 where ``has_labels`` is false."""
+    return len(task.candidates) if has_labels(task) else 0
 
 
 def label_index(row: Row, task: TaskConfig) -> int:
@@ -149,21 +159,22 @@ def label_index(row: Row, task: TaskConfig) -> int:
     """
     value = _value(row, task.label, "task.label")
     shown = f"{str(value).lower()}, a boolean" if isinstance(value, bool) else f"{value!r}"
+    count = len(_candidates(derived(row, task), task)) if lists_candidates(task) else len(task.candidates)
     if task.labels:
-        text, labels = str(value).strip(), [label.strip() for label in task.labels]
+        text, labels = str(value).strip(), [label.strip() for label in task.labels[:count]]
         if text not in labels and text.lower() in ("true", "false"):  # JSON, pandas and spreadsheets spell them apart
             text, labels = text.lower(), [label.lower() for label in labels]
         if text in labels:
             return labels.index(text)
         raise ConfigError(
-            f"column {task.label!r} must hold one of task.labels {task.labels}, got {shown}. "
+            f"column {task.label!r} must hold one of task.labels {task.labels[:count]}, got {shown}. "
             "Correct the row or task.labels."
         )
     try:
         index = float(str(value))
     except ValueError:  # of a boolean, too
         index = -1.0
-    if not (index.is_integer() and 0 <= index < len(task.candidates)):
+    if not (index.is_integer() and 0 <= index < count):
         if isinstance(value, bool):
             advice = "Name the values in the order of task.candidates: task.labels=['false','true'], or the other way."
         elif str(value).strip() in {"-1", "-1.0"}:
@@ -174,7 +185,7 @@ def label_index(row: Row, task: TaskConfig) -> int:
         else:
             advice = "Correct the row, or list the column's values in task.labels."
         raise ConfigError(
-            f"column {task.label!r} must hold an index (0 to {len(task.candidates) - 1}) of task.candidates "
+            f"column {task.label!r} must hold an index (0 to {count - 1}) of task.candidates "
             f"{task.candidates}, got {shown}. {advice}"
         )
     return int(index)
@@ -189,37 +200,51 @@ def columns_used(task: TaskConfig) -> tuple[str, ...]:
     """Columns that a row must have for a task, sorted.
 
     Raises:
-        ConfigError: ``task.prepare`` names no preparation.
+        ConfigError: ``task.derive`` names no derivation.
     """
     is_choice = task.kind is TaskKind.candidates
     templates = [task.template, *(task.candidates if is_choice else [task.answer])]
     columns = {column for template in templates for column in FIELD.findall(template)}
-    if task.prepare is not None:
-        preparation = _preparation(task.prepare)
-        columns = columns - set(preparation.makes) | set(preparation.reads)
+    if task.derive is not None:
+        derivation = find_derivation(task.derive)
+        columns = columns - set(derivation.makes) | set(derivation.reads)
     return tuple(sorted(columns | ({task.label} if is_choice else set())))
 
 
-def prepared(row: Row, task: TaskConfig) -> Row:
-    """The row with the fields that ``task.prepare`` makes; the row itself if there is none."""
-    if task.prepare is None:
+def derived(row: Row, task: TaskConfig) -> Row:
+    """The row with the fields that ``task.derive`` makes; the row itself if there is none."""
+    if task.derive is None:
         return row
-    preparation = _preparation(task.prepare)
-    key = f"task.prepare={task.prepare}"
+    derivation = find_derivation(task.derive)
+    key = f"task.derive={task.derive}"
     fields = {
-        column: _text(row, column, key, may_be_blank=column in preparation.may_be_blank) for column in preparation.reads
+        column: _text(row, column, key, may_be_blank=column in derivation.may_be_blank) for column in derivation.reads
     }
-    return row | preparation.make(fields)
+    return row | derivation.make(fields)
 
 
-def _written(row: Row, task: TaskConfig) -> tuple[str, ...]:
-    """The template of the answer, filled with each of the answers that a column lists."""
-    key, columns = "task.answer", [*dict.fromkeys(FIELD.findall(task.answer))]
-    for column in columns:
-        row = _opened(row, column)
+def _candidates(row: Row, task: TaskConfig) -> tuple[str, ...]:
+    """The candidates, filled: as many as the task names, or as the row lists."""
+    key = "task.candidates"
+    if not lists_candidates(task):
+        row = _opened(row, FIELD.findall("\n".join(task.candidates)))
+        return tuple(_fill(each, row, key) for each in task.candidates)
+    answers = _filled(task.candidates[0], row, key)
+    if len(answers) < 2:
+        raise ConfigError(
+            f"{key} {task.candidates} must name a column that lists at least 2 answers, got {answers[0]!r} alone. "
+            "Write a list (jsonl, json, parquet), remove the row, or name each candidate of the task."
+        )
+    return answers
+
+
+def _filled(template: str, row: Row, key: str) -> tuple[str, ...]:
+    """A template filled with each of the answers that a column lists; once where none lists any."""
+    columns = [*dict.fromkeys(FIELD.findall(template))]
+    row = _opened(row, columns)
     lists = [column for column in columns if isinstance(row.get(column), list)]
     if not lists:
-        return (_fill(task.answer, row, key),)
+        return (_fill(template, row, key),)
     if len(lists) > 1:
         raise ConfigError(
             f"{key} must name at most one column that lists answers, got lists in {' and '.join(map(repr, lists))}. "
@@ -227,19 +252,20 @@ def _written(row: Row, task: TaskConfig) -> tuple[str, ...]:
         )
     if not row[lists[0]]:
         raise ConfigError(f"column {lists[0]!r} ({key}) lists no answer: []. Fill it or remove the row.")
-    return tuple(_fill(task.answer, row | {lists[0]: answer}, key) for answer in row[lists[0]])
+    return tuple(_fill(template, row | {lists[0]: answer}, key) for answer in row[lists[0]])
 
 
-def _opened(row: Row, column: str) -> Row:
-    """The row, with a column more where ``answers.text`` names the field of an object, or of each in a list."""
-    outer, _, name = column.partition(".")
-    inside = row.get(outer)
-    if column in row:
-        return row
-    if isinstance(inside, dict) and name in inside:
-        return row | {column: inside[name]}
-    if isinstance(inside, list) and all(isinstance(each, dict) and name in each for each in inside):
-        return row | {column: [each[name] for each in inside]}
+def _opened(row: Row, columns: Iterable[str]) -> Row:
+    """The row, with a column more for each ``answers.text`` that is the field of an object, or of each in a list."""
+    for column in columns:
+        outer, _, name = column.partition(".")
+        inside = row.get(outer)
+        if column in row:
+            continue
+        if isinstance(inside, dict) and name in inside:
+            row = row | {column: inside[name]}
+        elif isinstance(inside, list) and all(isinstance(each, dict) and name in each for each in inside):
+            row = row | {column: [each[name] for each in inside]}
     return row
 
 
@@ -252,7 +278,7 @@ def _text(row: Row, column: str, key: str, *, may_be_blank: bool = False) -> str
         return ""
     value = _value(row, column, key)
     if not isinstance(value, str | int | float):
-        named = key == "task.answer" and isinstance(value, dict)
+        named = key in ("task.answer", "task.candidates") and isinstance(value, dict)
         advice = f"Name one of its fields, as in {{{column}.text}}." if named else "Flatten it first."
         raise ConfigError(f"column {column!r} ({key}) must hold text or a number, got {type(value).__name__}. {advice}")
     text = str(value).strip()
@@ -274,75 +300,3 @@ def _value(row: Row, column: str, key: str) -> object:
     if row[column] is None:
         raise ConfigError(f"column {column!r} ({key}) is empty (null). Fill it or remove the row.")
     return row[column]
-
-
-# --- preparations -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """Fields made from a row's columns: ``make`` gets the text of ``reads`` and returns ``makes``.
-
-    Attributes:
-        may_be_blank: Columns of ``reads`` that a row may leave blank.
-        answers: Columns of ``reads`` that become a written answer.
-    """
-
-    reads: tuple[str, ...]
-    makes: tuple[str, ...]
-    make: Callable[[dict[str, str]], dict[str, str]]
-    may_be_blank: tuple[str, ...] = ()
-    answers: tuple[str, ...] = ()
-
-
-def _boolq(row: dict[str, str]) -> dict[str, str]:
-    """MeZO's question: a capital and a question mark."""
-    question = row["question"]
-    return {"question": question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?")}
-
-
-def _wsc(row: dict[str, str]) -> dict[str, str]:
-    return {"span2_text": row["span2_text"].lower()}
-
-
-def _copa(row: dict[str, str]) -> dict[str, str]:
-    """MeZO's sentence: premise without its full stop, a conjunction, a choice in lower case (but for a first I)."""
-    conjunctions = {"cause": "because", "effect": "so"}
-    if row["question"] not in conjunctions:
-        raise ConfigError(f"column 'question' (task.prepare=copa) must be cause or effect, got {row['question']!r}.")
-    choices = {column: _lower_first_word(row[column]) for column in ("choice1", "choice2")}
-    return {"premise": row["premise"].removesuffix("."), "conjunction": conjunctions[row["question"]], **choices}
-
-
-def _lower_first_word(text: str) -> str:
-    first, space, rest = text.partition(" ")
-    return (first if first == "I" else first.lower()) + space + rest
-
-
-def _alpaca(row: dict[str, str]) -> dict[str, str]:
-    """Alpaca's three columns as a prompt and a response."""
-    prompt = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
-    return {"prompt": prompt, "response": row["output"]}
-
-
-PREPARATIONS = {
-    "alpaca": Preparation(
-        ("instruction", "input", "output"),
-        ("prompt", "response"),
-        _alpaca,
-        may_be_blank=("input",),
-        answers=("output",),
-    ),
-    "boolq": Preparation(("question",), ("question",), _boolq),
-    "copa": Preparation(
-        ("premise", "question", "choice1", "choice2"), ("premise", "conjunction", "choice1", "choice2"), _copa
-    ),
-    "wsc": Preparation(("span2_text",), ("span2_text",), _wsc),
-}
-"""What ``task.prepare`` may name."""
-
-
-def _preparation(name: str) -> Preparation:
-    if name not in PREPARATIONS:
-        raise ConfigError(f"task.prepare must be one of {', '.join(PREPARATIONS)} or null, got {name!r}.")
-    return PREPARATIONS[name]

@@ -9,10 +9,18 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u1049\u104c-\u109f\u1780-\u17d3\u17d7\u17db-\u17ff"
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
 """Signs of scripts that write words without spaces: each counts as a word."""
-BETWEEN = r"\s!-/:-@\[-`{-~\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff00-\uff0f\uff1a-\uff20"
-"""White space and punctuation."""
+BETWEEN = (
+    r"\s!-/:-@\[-`{-~\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff00-\uff0f\uff1a-\uff20"
+    r"\u037e\u0387\u055d\u0589\u05be\u05c0\u05c3\u060c\u061b\u061f\u066a-\u066d\u06d4\u0964\u0965"
+    r"\u0f0b-\u0f11\u104a\u104b\u1360-\u1368\u17d4-\u17d6\u17d8-\u17da"
+)
+"""White space and punctuation: of Latin and East Asian text, then of Greek, Armenian, Hebrew, Arabic and Indic scripts,
+then Tibetan, Burmese, Ethiopic and Khmer. Signs that stand inside words, as Armenian's question mark does, are left."""
 _PART = rf"[^{BETWEEN}{UNSPACED}]+"
 _WORD = re.compile(rf"[{UNSPACED}]|{_PART}(?:'{_PART})*")
 _LONE = re.compile(f"[{UNSPACED}]")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.data.chat import after_thought, chat_end
+from fedzo.data.chat import after_thought
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
+from fedzo.data.tasks import has_labels
 from fedzo.evaluate.base import EVALUATORS, EvaluatorConfig, Measure
 from fedzo.evaluate.metrics import auc, best_threshold_accuracy, exact_match, rouge_l, token_f1
 from fedzo.models.loaded import LoadedModel
@@ -66,7 +67,8 @@ class Answers:
             forward_cost_tokens=forward_cost(loaded.device),
             on_batch=on_batch,
         )
-        return score_candidates(scores, [example.label for example in examples], loss=task.loss)
+        labels = [example.label for example in examples]
+        return score_candidates(scores, labels, loss=task.loss, by_label=has_labels(task))
 
     def _written(
         self,
@@ -77,7 +79,7 @@ class Answers:
         tokens_per_batch: int,
         on_batch: OnProgress | None,
     ) -> Score:
-        from fedzo.models.generate import generate  # slow to import
+        from fedzo.models.generate import answer_ends, generate  # slow to import
 
         _tell_of_unwritable(examples, task)
         written = task.kind is TaskKind.generation
@@ -86,7 +88,7 @@ class Answers:
             [example.generation_prompt for example in examples],
             max_new_tokens=task.max_new_tokens,
             tokens_per_batch=tokens_per_batch,
-            ends=set() if written else chat_end(loaded.tokenizer),
+            ends=answer_ends(loaded.tokenizer, task.kind),
             stop_at_newline=written,
             on_batch=on_batch,
         )
@@ -123,20 +125,27 @@ def _mean_best(measure: Callable[[str, str], float], judged: Sequence[tuple[str,
     return float(np.mean([max(measure(answer, right) for right in rights) for answer, rights in judged]))
 
 
-def score_candidates(scores: npt.NDArray[np.float32], labels: Sequence[int], *, loss: Loss) -> Score:
-    """The score of candidate scores [num_examples, candidates] against the right candidates; ties go to the first."""
+def score_candidates(
+    scores: npt.NDArray[np.float32], labels: Sequence[int], *, loss: Loss, by_label: bool = True
+) -> Score:
+    """The score of candidate scores [num_examples, candidates] against the right candidates; ties go to the first.
+
+    ``by_label`` is whether a candidate's number means the same in all rows. Otherwise there are no classes and no AUC.
+    """
     wanted = np.asarray(labels)
     right = scores.argmax(axis=1) == wanted
     right &= np.isfinite(scores[np.arange(len(wanted)), wanted])
     losses = -scores[np.arange(len(wanted)), wanted] if loss is Loss.lm else choice_losses(scores, labels)
-    two = scores.shape[1] == 2 and bool(np.isfinite(scores).all())
+    two = by_label and scores.shape[1] == 2 and bool(np.isfinite(scores).all())
     margin = scores[:, 1] - scores[:, 0] if two else None
     return Score(
         metric=_METRICS[TaskKind.candidates],
         value=float(right.mean()),
         loss=known(float(losses.mean(dtype=np.float64))),
         num_examples=len(wanted),
-        per_class={int(c): (int(right[wanted == c].sum()), int((wanted == c).sum())) for c in np.unique(wanted)},
+        per_class={
+            int(c): (int(right[wanted == c].sum()), int((wanted == c).sum())) for c in np.unique(wanted) if by_label
+        },
         auc=None if margin is None else auc(margin, wanted),
         best_threshold_accuracy=None if margin is None else best_threshold_accuracy(margin, wanted),
     )

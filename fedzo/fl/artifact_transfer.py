@@ -10,9 +10,11 @@ import hashlib
 import logging
 from collections import Counter
 
-from fedzo.errors import ProtocolError
+from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.fl.exchange import Question, Talk
 from fedzo.fl.messages import ArtifactPiece, ArtifactReply
+from fedzo.records.folder import raised_as
+from fedzo.records.lines import RESTORE
 from fedzo.trainers.artifacts import PIECE_BYTES, Artifact, ArtifactStore, name_of
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ def deliver(artifact: Artifact, *, client: int) -> Talk[None]:
 
     Raises:
         ProtocolError: The client did not take a piece.
+        RunFolderError: The artifact cannot be read any more.
     """
     ask = ArtifactPiece(client=client, digest=artifact.digest, size=artifact.size)
     reply = yield Question(ask, ArtifactReply)
@@ -69,7 +72,8 @@ def place(offset: int, size: int) -> str:
 
 
 def _piece(artifact: Artifact, offset: int, *, client: int) -> ArtifactPiece:
-    with artifact.path.open("rb") as file:
+    rule = f"{artifact.path}: it must be there and readable, since a client lacks it"
+    with raised_as(RunFolderError, rule, RESTORE), artifact.path.open("rb") as file:
         file.seek(offset)
         data = file.read(PIECE_BYTES)
     return ArtifactPiece(

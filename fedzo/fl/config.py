@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedzo.zo.directions import SHARED
-from fedzo.zo.seeds import OWN
+from fedzo.zo.keys import OWN
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
 
 
-class Seeds(StrEnum):
-    """Who shares a step's directions."""
+class Directions(StrEnum):
+    """Whose directions a step has."""
 
     shared = "shared"
     """All clients of a round use the same direction for a step. The downlink is smallest."""
@@ -43,9 +47,9 @@ class FlConfig:
     """T: local steps of a client between two synchronisations."""
     batch_size: int = 2
     """Rows a client uses for one step."""
-    seeds: Seeds = Seeds.shared
+    directions: Directions = Directions.shared
     pool_size: int = 4096
-    """Number of directions for ``fl.seeds=pool``."""
+    """Number of directions for ``fl.directions=pool``."""
     transport: Transport = Transport.scalars
     label_counts: bool = False
     """At registration, clients declare their number of training rows of each label."""
@@ -55,8 +59,13 @@ class FlConfig:
 
 
 def directions_of(fl: FlConfig) -> int:
-    """Whose directions the clients step along, as ``fedzo.zo.seeds`` numbers it."""
-    return {Seeds.shared: SHARED, Seeds.per_client: OWN, Seeds.pool: fl.pool_size}[fl.seeds]
+    """Whose directions the clients step along, as ``fedzo.zo.keys`` numbers it."""
+    return {Directions.shared: SHARED, Directions.per_client: OWN, Directions.pool: fl.pool_size}[fl.directions]
+
+
+def keeps_columns(run: RunSettings) -> bool:
+    """Whether the log keeps each client's scalars: along directions of its own, or as the optimizer walks its path."""
+    return run.fl.directions != Directions.shared or run.server_optimizer.traits.walks_clients
 
 
 class Weighting(StrEnum):

@@ -14,10 +14,11 @@ from functools import cache
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import DEFAULT_TTL, ConfigRecord, Message, RecordDict
 
 from fedzo.errors import ProtocolError, printable, quoted
-from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, Hello, TrainRequest, decode, encode, in_pieces
+from fedzo.fl.content import in_pieces, salt_anew
+from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, Hello, TrainRequest, decode, encode
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -35,6 +36,8 @@ POLL_PAUSE, MAX_PAUSE_S = 4, 1.0
 """A look that found no reply is followed by a pause of so many times its length, since one for hundreds takes long, but
 not longer than that: it takes longer still while a carrier is started again."""
 NAMES_A_PULL = 64  # handed over at most: waiting for n messages then costs n, not n * n, where they come one by one
+MAX_LOST = 3
+"""How often a question is asked again after it, or its reply, was lost: a client can see to it that its replies are."""
 
 
 class Grid(Protocol):
@@ -127,7 +130,7 @@ class Outbox(Generic[K]):
     alone, so being asked twice costs one of them time and nothing else.
     """
 
-    _sent: dict[str, tuple[K, Message]] = field(default_factory=dict)  # by the name that Flower gave the message
+    _sent: dict[str, tuple[K, Message, int]] = field(default_factory=dict)  # by Flower's name; how often it was lost
     _repeated: set[K] = field(default_factory=set)
     _restarts: int = 0
 
@@ -150,8 +153,8 @@ class Outbox(Generic[K]):
                 sent = self._sent.pop(message.metadata.reply_to_message_id, None)
                 if sent is None:
                     continue  # it replies to what nobody was asked
-                key, question = sent
-                if not grid.lost(message) or self._again(grid, {key: question}):
+                key, question, lost = sent
+                if not grid.lost(message) or lost >= MAX_LOST or self._again(grid, {key: question}, lost=lost + 1):
                     replies.setdefault(key, message)
             if replies:
                 if not self._repeated.isdisjoint(replies):
@@ -167,25 +170,27 @@ class Outbox(Generic[K]):
         self._sent = {name: sent for name, sent in self._sent.items() if not gone(sent[0])}
         self._repeated = {key for key in self._repeated if not gone(key)}
 
-    def _push(self, grid: Grid, messages: Mapping[K, Message]) -> list[K]:
+    def _push(self, grid: Grid, messages: Mapping[K, Message], *, lost: int = 0) -> list[K]:
         names = grid.push_messages([*messages.values()]) if messages else ()
         told = dict(zip(messages, names, strict=True))  # type: ignore[call-overload]
-        self._sent.update({str(name): (key, messages[key]) for key, name in told.items() if name})
+        self._sent.update({str(name): (key, messages[key], lost) for key, name in told.items() if name})
         return [key for key, name in told.items() if not name]
 
     def _repeat(self, grid: Grid) -> None:
         if (restarts := grid.restarts()) != self._restarts:
             self._restarts = restarts
-            self._again(grid, dict(self._sent.values()))
+            self._again(grid, {key: message for key, message, _ in self._sent.values()})
 
-    def _again(self, grid: Grid, messages: Mapping[K, Message]) -> list[K]:
+    def _again(self, grid: Grid, messages: Mapping[K, Message], *, lost: int = 0) -> list[K]:
         self._repeated.update(messages)
-        return self._push(grid, {key: _copy(message) for key, message in messages.items()})
+        for message in messages.values():
+            salt_anew(message.content)
+        return self._push(grid, {key: _copy(message) for key, message in messages.items()}, lost=lost)
 
 
 def _copy(message: Message) -> Message:
     told = message.metadata
-    return Message(message.content, dst_node_id=told.dst_node_id, message_type=told.message_type)
+    return Message(message.content, dst_node_id=told.dst_node_id, message_type=told.message_type, ttl=told.ttl)
 
 
 def converse(
@@ -220,7 +225,8 @@ def converse(
     def push(questions: Mapping[int, Question]) -> None:
         messages = {}
         for client, question in questions.items():
-            messages[client] = message_of(question, node=nodes[client], cut=cut)
+            messages[client] = message_of(question, node=nodes[client], cut=cut, ttl_s=max(DEFAULT_TTL, deadline_s))
+            salt_anew(messages[client].content)  # some may have been sent its pieces before
             answers.traffic.down_bytes += message_bytes(messages[client].content)
             reply_types[client] = question.reply_type
         leave(outbox.push(grid, messages))
@@ -261,10 +267,23 @@ def converse(
     return answers
 
 
-def message_of(question: Question, *, node: int, cut: Callable[[bytes], list[ConfigRecord]] = in_pieces) -> Message:
-    """A question as Flower's message to a node, its long bytes as ``cut`` gives them."""
+def message_of(
+    question: Question,
+    *,
+    node: int,
+    cut: Callable[[bytes], list[ConfigRecord]] = in_pieces,
+    ttl_s: float = DEFAULT_TTL,
+) -> Message:
+    """A question as Flower's message to a node.
+
+    Args:
+        question: What is asked.
+        node: Who is asked.
+        cut: Makes records of long bytes.
+        ttl_s: After so long Flower forgets the question, and takes no reply to it.
+    """
     message_type = MESSAGE_TYPES[type(question.request)]
-    return Message(encode(question.request, cut=cut), dst_node_id=node, message_type=message_type)
+    return Message(encode(question.request, cut=cut), dst_node_id=node, message_type=message_type, ttl=ttl_s)
 
 
 def read(message: Message, reply_type: type[R]) -> R:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedzo.data.kept_digests import KeptDigests
 from fedzo.errors import ProtocolError
-from fedzo.fl.config import directions_of
+from fedzo.fl.config import directions_of, keeps_columns
 from fedzo.fl.messages import Refusal, Sync, TrainRequest
 from fedzo.fl.site_limits import SiteError, check_work
 from fedzo.zo.directions import SHARED
@@ -120,7 +120,7 @@ class Limits:
         _within(f"{what} the number of steps", steps, 1, self.max_steps)
         _within(f"{what} the number of probes", probes, planned, planned)
         _within(f"{what} the number of owners", owners, 1, run.fl.num_clients)
-        has_columns = directions_of(run.fl) != SHARED or run.server_optimizer.traits.walks_clients
+        has_columns = keeps_columns(run)
         if (record.owners == (SHARED,)) is has_columns:
             raise ProtocolError(f"{what} it must hold scalars {'of each client' if has_columns else 'of all together'}")
         if has_columns:

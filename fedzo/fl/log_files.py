@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.records.decode import to_json
 from fedzo.records.folder import lock_file, make_folder, open_file, raised_as, read_file, replace_file
 from fedzo.records.lines import RESTORE, LogLines
-from fedzo.zo.log import VectorRecord, checked_vector
+from fedzo.zo.log import LogRecord, VectorRecord, checked_vector
 from fedzo.zo.spaces.base import Values
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,15 @@ class OpenLog(LogLines[L]):
 def write_vector(folder: Path, record: VectorRecord) -> None:
     """Keep a round's vector: float32, little endian, named by its SHA-256. When this returns it is on the disk."""
     replace_file(make_folder(folder / VECTORS) / record.digest, record.read().astype("<f4").tobytes(), durable=True)
+
+
+def drop_stray_vector(folder: Path, records: Iterable[LogRecord]) -> None:
+    """Remove the vector that a kill leaves which prevents its round. No kill leaves more than one: others stay."""
+    named = {record.digest for record in records if isinstance(record, VectorRecord)}
+    stray = [file for file in (folder / VECTORS).glob("[0-9a-f]" * 64) if file.name not in named]
+    if len(stray) == 1:
+        log.warning("%s: the vector of a round that was not committed is dropped", stray[0])
+        stray[0].unlink()
 
 
 def read_vector(folder: Path, digest: str, round: int, size: int) -> Values:

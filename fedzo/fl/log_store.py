@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
-from fedzo.fl.log_files import VECTORS, OpenLog, read_vector, write_vector, writing_logs
+from fedzo.fl.log_files import VECTORS, OpenLog, drop_stray_vector, read_vector, write_vector, writing_logs
+from fedzo.records.decode import decode
+from fedzo.records.fields import RoundNumber
 from fedzo.records.folder import AUDIT, METRICS, PUBLIC, refuse_link
 from fedzo.records.lines import RESTORE, LogLines
 from fedzo.records.log import CommittedLine, Proof, PublicLine, RoundAudit, decode_audit, decode_public
@@ -65,7 +67,7 @@ class RunLog:
 
     Attributes:
         records: What each committed round did.
-        rounds: Their public lines, in the file.
+        public: Their lines in the public log, in the file.
 
     Raises:
         RunFolderError: A log is not there or a link, or a line is not what a run writes.
@@ -73,21 +75,21 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rounds: LogLines[CommittedLine] = LogLines(folder, PUBLIC, decode_public)
-        self.records = [self._record(line) for line in self.rounds]
+        self.public: LogLines[CommittedLine] = LogLines(folder, PUBLIC, decode_public)
+        self.records = [self._record(line) for line in self.public]
 
     @cached_property
     def audit(self) -> LogLines[RoundAudit]:
         """Audit lines of the committed rounds, in the file."""
         lines = LogLines(self.folder, AUDIT, decode_audit)
-        self.check_audit([line.round for line in lines])
+        self.check_audit([*LogLines(self.folder, AUDIT, _round_of)])
         lines.leave_out_from(len(self.records))
         return lines
 
     @cached_property
     def metrics(self) -> list[MetricRecord]:
         """Metric records so far, without what they say of each client."""
-        lines = LogLines(self.folder, METRICS, _decode_light)
+        lines = LogLines(self.folder, METRICS, _skim)
         return [line for line in lines if belongs(line, len(self.records))]
 
     def metrics_of(self, kind: type[M]) -> list[M]:
@@ -149,11 +151,12 @@ class RunStore(RunLog):
                 lines.repair()
             for left in (folder / VECTORS).glob(".*.part"):
                 left.unlink()
+            drop_stray_vector(folder, self.records)
             self._audit.cut(done, dropped=_UNCOMMITTED)
             # In the order of rounds, but for a run that was made longer after its public log was put back by one.
             kept = [*takewhile(lambda line: belongs(line, done), metrics)]
             self._metrics.cut(len(kept), dropped=_UNCOMMITTED)
-            self.rounds, self.audit, self.metrics = self._public, self._audit, kept
+            self.public, self.audit, self.metrics = self._public, self._audit, kept
             self._files = opened.pop_all()
 
     def __enter__(self) -> RunStore:
@@ -187,7 +190,7 @@ class RunStore(RunLog):
         """
         with writing_logs(self.folder):
             self._metrics.append(record, durable=not isinstance(record, Round))
-        self.metrics.append(_light(record))
+        self.metrics.append(_without_clients(record))
 
     def take_back(self, record: Extension) -> None:
         """Drop the record of an extension that came to nothing, and what its start told, which the next tells again."""
@@ -238,7 +241,7 @@ def belongs(record: MetricRecord, done: int) -> bool:
             return record.round <= done
 
 
-def _light(record: MetricRecord) -> MetricRecord:
+def _without_clients(record: MetricRecord) -> MetricRecord:
     """A record without what it says of each client; of scores the worst client's stays, which the summary names."""
     match record:
         case Round():
@@ -252,4 +255,21 @@ def _light(record: MetricRecord) -> MetricRecord:
 
 def _decode_light(value: object, **told: Any) -> MetricRecord:
     """A line of the metrics (``decode_metric``), of which what it says of each client is let go at once."""
-    return _light(decode_metric(value, **told))
+    return _without_clients(decode_metric(value, **told))
+
+
+def _skim(value: object, **told: Any) -> MetricRecord:
+    """The same for readers, who need not judge what a round says of each client: of a long run that takes minutes."""
+    if isinstance(value, dict) and value.get("kind") == Round.kind:
+        value = {**value, "clients": [], "reasons": {}}
+    return _decode_light(value, **told)
+
+
+@dataclass(frozen=True, slots=True)
+class _OfRound:
+    round: RoundNumber
+
+
+def _round_of(value: object, **told: Any) -> int:
+    """The round of a line of the audit log, and nothing else of it."""
+    return decode(_OfRound, {"round": value.get("round")} if isinstance(value, dict) else value, **told).round

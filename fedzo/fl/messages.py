@@ -1,8 +1,7 @@
 """The messages of a federation: typed records, strictly read. Nothing in them is imported, evaluated or unpickled.
 
-Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Long bytes follow in records of their
-own, since Flower sends a record as a whole. Every request names the client that it is for: a process may play several,
-and none of them says itself which it is.
+``fedzo.fl.content`` makes Flower records of their fields. Every request names the client that it is for: a process may
+play several, and none of them says itself which it is.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from fedzo.errors import OtherVersionError, ProtocolError
+from fedzo.fl.content import in_pieces, joined, packed, split
 from fedzo.records import decode as records
 from fedzo.records.fields import (
     Check,
@@ -37,8 +37,7 @@ from fedzo.system import code_version
 from fedzo.trainers.artifacts import PIECE_BYTES
 from fedzo.zo.log import Scalars
 
-PROTOCOL, VERSION = 5, code_version()
-RECORD, PIECE, PIECE_NAME = "fedzo", "piece", "{} {:08}"
+PROTOCOL, VERSION = 6, code_version()
 M = TypeVar("M")
 
 Digest = Annotated[str, Matching(re.compile("[0-9A-Za-z]{0,128}"), "at most 128 digits and letters")]
@@ -265,21 +264,14 @@ class ArtifactReply:
     intact: bool = True
 
 
-def in_pieces(value: bytes) -> list[ConfigRecord]:
-    """Long bytes in records of their own, which messages may share."""
-    return [ConfigRecord({PIECE: value[at : at + PIECE_BYTES]}) for at in range(0, len(value), PIECE_BYTES)]
-
-
 def encode(message: Any, *, cut: Callable[[bytes], list[ConfigRecord]] = in_pieces) -> RecordDict:
     """A message as Flower content. What is empty, which Flower cannot count, or as it is by default is left out."""
-    plain, pieces = dict[str, Any](), dict[str, ConfigRecord]()
+    told = dict[str, Any]()
     for name, default in _left_out(message.__class__).items():
         value = getattr(message, name)
-        if isinstance(value, bytes) and len(value) > PIECE_BYTES:
-            pieces |= {PIECE_NAME.format(name, number): piece for number, piece in enumerate(cut(value))}
-        elif value != default and value not in ("", b""):
-            plain[name] = str(value) if isinstance(value, StrEnum) else value
-    return RecordDict({RECORD: ConfigRecord(plain), **pieces})
+        if value != default and value not in ("", b""):
+            told[name] = str(value) if isinstance(value, StrEnum) else value
+    return packed(told, cut=cut)
 
 
 @cache
@@ -290,11 +282,7 @@ def _left_out(kind: Any) -> dict[str, Any]:
 
 def decode(kind: type[M], content: RecordDict) -> M:
     """The message in Flower content; ``ProtocolError`` for anything that is not exactly one."""
-    records_of = {name: record for name, record in content.items() if isinstance(record, ConfigRecord)}
-    if RECORD not in records_of or len(records_of) < len(content):
-        told = f"expected one record {RECORD!r} and pieces of its fields, got {sorted(content)[:8]!r:.400}"
-        raise ProtocolError(f"{kind.__name__}: {told}")
-    given = dict(records_of.pop(RECORD))
+    given, pieces = split(content, what=kind.__name__)
     if empty := [name for name, value in given.items() if value in ("", b"")]:
         raise ProtocolError(f"{kind.__name__}: {empty[0]:.40} must be left out where it is empty")
     if (protocol := given.get("protocol", PROTOCOL)) != PROTOCOL:  # before fields that one of the two does not know
@@ -302,21 +290,9 @@ def decode(kind: type[M], content: RecordDict) -> M:
             f"{kind.__name__}: protocol must be {PROTOCOL}, that of fedzo {VERSION}, got {protocol!r:.20}, "
             f"that of fedzo {given.get('version', 'unknown')!s:.40}. Install the same fedzo on both sides."
         )
-    _join(kind, given, records_of)
+    given = joined(given, pieces, what=kind.__name__)
     remedy = "Do both sides run the same fedzo?"
     return records.decode(kind, given, where=kind.__name__, error=ProtocolError, remedy=remedy)
-
-
-def _join(kind: type[Any], given: dict[str, Any], pieces: dict[str, ConfigRecord]) -> None:
-    """Add the fields that came in pieces."""
-    joined: dict[str, list[bytes]] = {}
-    for name in sorted(pieces):
-        field, record = name.partition(" ")[0], dict(pieces[name])
-        found, piece = joined.setdefault(field, []), record.pop(PIECE, None) or None
-        if field in given or name != PIECE_NAME.format(field, len(found)) or not isinstance(piece, bytes) or record:
-            raise ProtocolError(f"{kind.__name__}: record {name!r:.40} must be a field's next piece, but is not")
-        found.append(piece)
-    given.update((field, b"".join(found)) for field, found in joined.items())
 
 
 def scalars_to_bytes(values: Scalars) -> bytes:

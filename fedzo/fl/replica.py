@@ -1,21 +1,30 @@
-"""A process's copy of the global model as a log position: ``base + replay(log[:position])``."""
+"""A process's copy of the global model as a log position: ``base + replay(log[:position])``.
+
+A ``Workspace`` is that copy on its model, with what else a process needs to measure losses.
+"""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import Status, Sync
+from fedzo.models.loaded import LoadedModel
+from fedzo.models.lower_layers import LowerLayers
+from fedzo.models.products import RoundedProducts
 from fedzo.records.log import CommittedLine, Proof
+from fedzo.records.metrics import Forwards
 from fedzo.system import OnProgress, no_progress
-from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, extend_chain
+from fedzo.zo.log import EMPTY_CHAIN, LogRecord, RoundRecord, extend_chain
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Space
+from fedzo.zo.steps import Drift
 
 ON_RECORD: ContextVar[Callable[[], None]] = ContextVar("on_record", default=lambda: None)
 """Called for each record that a replica has applied: a client that catches up takes long and goes on all the same."""
@@ -29,8 +38,6 @@ class Replica:
         moments: What the server optimizer remembers, float32 [num_moments, n]; like theta a function of the log.
         position: Rounds applied.
         chain: Hash chain of the log up to there.
-        walks_clients: Whether the server optimizer walks every client's local steps, and so needs each client's own
-            scalars in the log.
 
     Args:
         space: At the base weights.
@@ -53,7 +60,6 @@ class Replica:
         self.moments = np.zeros((server_optimizer.num_moments(num_clients), space.size), np.float32)
         self.position = 0
         self.chain = EMPTY_CHAIN
-        self.walks_clients = isinstance(server_optimizer, ControlVariates)
         self._optimizer = server_optimizer
         self._reset = reset
         self._run_seed = run_seed
@@ -193,3 +199,34 @@ class Replica:
         numbers = np.frombuffer(snapshot, "<f4").astype(np.float32)
         self.space.load(numbers[: self.space.size])
         self.moments[:] = numbers[self.space.size :].reshape(self.moments.shape)
+
+
+@dataclass(slots=True)
+class Workspace:
+    """A model with the run's space on it, and the size of forwards that fit: what a process measures with.
+
+    Attributes:
+        loaded: The model.
+        replica: The space, moved along the log.
+        tokens_per_batch: Most tokens in one forward.
+        forward_cost_tokens: What one more forward costs, in tokens (``Planning``).
+        lower: The blocks that no trained value lies in or below, where a step runs them once.
+        products: How its steps multiply float32 matrices, if they may round (``fedzo.models.products``).
+    """
+
+    loaded: LoadedModel
+    replica: Replica
+    tokens_per_batch: int
+    forward_cost_tokens: int
+    lower: LowerLayers | None = None
+    products: RoundedProducts | None = None
+
+    @property
+    def forwards(self) -> Forwards:
+        """What it measures in."""
+        held = (each.dtype for each in self.loaded.model.parameters() if each.is_floating_point())
+        return Forwards(
+            dtype=str(next(held, torch.float32)).removeprefix("torch."),
+            products=self.products.name if self.products else "",
+            tokens_per_batch=self.tokens_per_batch,
+        )

@@ -18,9 +18,10 @@ _FIRST_WITH_GROUPS = 8  # major number of the compute capability: Ampere
 
 @contextmanager
 def whole_texts() -> Iterator[None]:
-    """Tell transformers that each row is one text, which it cannot look at positions for while kernels are recorded.
+    """Tell transformers that each row is one text, for which it would look at positions: a GPU makes it wait for them.
 
-    Otherwise it would give attention an explicit mask, and with it other kernels than those of the eager forward.
+    While kernels are recorded it cannot look, and would give attention an explicit mask, and with it other kernels than
+    those of the eager forward.
     """
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:

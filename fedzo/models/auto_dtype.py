@@ -37,9 +37,10 @@ class Trial:
     seconds: float
 
 
-def try_out(space: Space, estimator: Estimator, loss_fn: LossFn, keys: Sequence[int]) -> Trial:
-    """Estimate along the directions of ``keys``, after the first of them to warm up: kernels are compiled then."""
-    estimator.estimate(space, loss_fn, keys[:1])
+def try_out(space: Space, estimator: Estimator, loss_fn: LossFn, keys: Sequence[int], num_warm_ups: int = 1) -> Trial:
+    """Estimate along the directions of ``keys``, after warm-ups along the first: kernels are compiled and recorded."""
+    for _ in range(num_warm_ups):
+        estimator.estimate(space, loss_fn, keys[:1])
     begin = time.perf_counter()
     projections = estimator.estimate(space, loss_fn, keys)
     seconds = time.perf_counter() - begin

@@ -37,6 +37,7 @@ _MAX_HEADER_BYTES = 100_000_000
 """That safetensors itself takes; the first bytes of another format can name any length."""
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
+_FIRST_WITH_BFLOAT16 = 8  # major number of the compute capability: Ampere
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Stored dtypes that ``model.dtype`` casts; codes and what others packed stay as they are."""
 _PACKED = {Quantization.nf4: 0.5 + 4 / 64, Quantization.int8: 1.0, Quantization.torchao_int8: 1.0}
@@ -105,7 +106,7 @@ def check_room(config: ModelConfig, held: Held, device: torch.device) -> None:
         raise ConfigError(
             f"model.name {config.name!r}: the memory of {device} must hold the weights in {config.dtype}, which take "
             f"{must_copy / 2**20:,.0f} MiB, but has {most / 2**20:,.0f} MiB in all, swap included. "
-            f"{ways_to_fit(config)}"
+            f"{ways_to_fit(config, device)}"
         ) from MemoryError()  # by which a site tells its server what it lacks
     if held.total > free:
         logger.warning(
@@ -115,18 +116,31 @@ def check_room(config: ModelConfig, held: Held, device: torch.device) -> None:
             config.dtype,
             f"{free / 2**20:,.0f}",
             device,
-            ways_to_fit(config),
+            ways_to_fit(config, device),
         )
 
 
-def ways_to_fit(config: ModelConfig) -> str:
-    """What to do where a model's weights do not fit."""
+def ways_to_fit(config: ModelConfig, device: torch.device) -> str:
+    """What to do where a model's weights do not fit on a device."""
     ways = ["Free some"]
     if TORCH_DTYPES[DType(config.dtype)].itemsize > 2:
-        ways.append("write model.dtype=bfloat16")
+        narrow = DType.float16 if attends_plainly(device, torch.bfloat16) else DType.bfloat16
+        ways.append(f"write model.dtype={narrow}")
     if config.quantization is Quantization.none:
         ways.append("train an adapter with model.quantization=nf4")
     return f"{', '.join(ways)}, or take a sketch or a smaller model."
+
+
+def attends_plainly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has no fused attention in a dtype on a device, and so writes all scores down, in float32.
+
+    On a GPU before Ampere it has none in bfloat16.
+    """
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_properties(device).major < _FIRST_WITH_BFLOAT16
+    )
 
 
 def available_memory_bytes(device: torch.device) -> int:

@@ -91,6 +91,10 @@ class CudaGraph:
 
     def capture(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         at, num_users = self._graphs, self.pool.use_count()
+        # cuBLAS's workspace is made in the pool, and torch keeps it for the stream: the pool would not go with its last
+        # graph, or the workspace would go with any; so none is kept, as by torch's own graphs (cudagraph_trees)
+        drop_workspaces = cast(Any, torch._C)._cuda_clearCublasWorkspaces
+        drop_workspaces()
         # the outer stream comes back even where the end of a capture raises; relaxed: a kernel may be loaded meanwhile
         try:
             with (
@@ -102,6 +106,8 @@ class CudaGraph:
         except Exception:
             self._release(num_users)
             raise
+        finally:
+            drop_workspaces()
 
     def _release(self, num_users: int) -> None:
         """After a capture that broke off: no memory is taken for it any more, and the pool has its users of before."""

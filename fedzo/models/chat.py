@@ -37,7 +37,7 @@ class LocalChat:
 
     def fingerprint(self, model: str) -> str:
         loaded = self._loaded(model)
-        return f"{loaded.base_digest} {loaded.tokenizer_digest}"
+        return f"{loaded.base_digest} {loaded.architecture_digest} {loaded.tokenizer_digest} {self._config.dtype}"
 
     def count_tokens(self, request: Request) -> int:
         """Exactly as many as the model gets."""

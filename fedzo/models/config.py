@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from fedzo.data.preprocess.backend import REWRITERS, Backend, RewriterConfig
-from fedzo.errors import ConfigError, Problem, at_least, problem
+from fedzo.errors import Problem, at_least, problem, refuse
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -124,8 +124,7 @@ class TransformersConfig(RewriterConfig):
 
 @REWRITERS.register("transformers", TransformersConfig)
 def _transformers(config: TransformersConfig) -> Backend:
-    if lacks := [found.text for found in config.missing()]:  # which is not asked when a site's file is read
-        raise ConfigError("\n".join(lacks))
+    refuse(config.missing())  # which is not asked when a site's file is read
     from fedzo.models.chat import LocalChat  # slow to import
 
     return LocalChat(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch
 
 from fedzo.data.encode import Example
 from fedzo.models.arithmetic import MEASURED, Arithmetic
+from fedzo.models.compiled import CompiledDecoder
 from fedzo.models.head import hidden_at, own_logits_at
 from fedzo.models.kept_rows import Read
 from fedzo.models.loaded import LoadedModel
@@ -20,7 +22,7 @@ from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
 from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
 from fedzo.models.shared_prompts import run_answers, run_prompts
 from fedzo.models.virtual_tokens import num_virtual_tokens
-from fedzo.system import OnProgress, consecutive
+from fedzo.system import OnProgress, consecutive, on_device
 from fedzo.zo.spaces.base import Space
 
 OnRows = Callable[[list[int]], None]
@@ -93,16 +95,16 @@ def run_texts(
         columns = np.concatenate(
             [np.arange(lengths[i] - count, lengths[i]) for i, count in zip(batch, counts, strict=True)]
         )
-        on_device = [torch.from_numpy(array).to(loaded.device) for array in (ids, rows, columns)]
+        placed = [on_device(array, loaded.device) for array in (ids, rows, columns)]
         at = partial(hidden_at, decoder=decoder) if loaded.direct_head else own_logits_at
         if planning.before is not None:
             planning.before(batch)
-        forward = partial(at, loaded.model, *on_device)
-        with planning.arithmetic.forwards():
+        forward = partial(at, loaded.model, *placed)
+        with _forwards(loaded, planning):
             if planning.lower is None:
                 hidden = forward()
             else:
-                hidden = planning.lower.run(forward, on_device[0], [texts[i].tokens for i in batch])
+                hidden = planning.lower.run(forward, placed[0], [texts[i].tokens for i in batch])
         _count(
             loaded, ids, used=sum(lengths[i] for i in batch), head_rows=len(rows) if loaded.direct_head else ids.size
         )
@@ -110,6 +112,21 @@ def run_texts(
         num_done += len(batch)
         if planning.on_batch is not None:
             planning.on_batch(num_done, len(texts))
+
+
+@contextmanager
+def _forwards(loaded: LoadedModel, planning: Planning) -> Iterator[None]:
+    """What forwards of texts run in. On a GPU transformers is told that no row is packed: its look would wait.
+
+    A compiled decoder is left alone: it was checked as transformers lets it be traced.
+    """
+    look: AbstractContextManager[None] = nullcontext()
+    if loaded.device.type == "cuda" and not isinstance(loaded.decoder, CompiledDecoder):
+        from fedzo.models.attention import whole_texts  # slow to import
+
+        look = whole_texts()
+    with planning.arithmetic.forwards(), look:
+        yield
 
 
 def _run_reads(
@@ -128,7 +145,7 @@ def _run_reads(
         ):
             chosen = [fresh[i] for i in batch]
             ids = _padded([texts[i].tokens for i in chosen], loaded)
-            found = lower.lower.run(torch.from_numpy(ids).to(loaded.device)).states
+            found = lower.lower.run(on_device(ids, loaded.device)).states
             _count(loaded, ids, used=sum(len(texts[i].tokens) for i in chosen), head_rows=0)
             for i, states in zip(chosen, found, strict=True):
                 end = len(texts[i].tokens)
@@ -137,7 +154,7 @@ def _run_reads(
             if planning.on_batch is not None:
                 planning.on_batch(num_done, len(texts))
 
-    with planning.arithmetic.forwards():
+    with _forwards(loaded, planning):
         output = lower.reads(texts, make)
     batches = consecutive(counts, most=planning.tokens_per_batch)
     parts = torch.split(output.states, [sum(counts[i] for i in batch) for batch in batches])
@@ -146,7 +163,7 @@ def _run_reads(
         rows = torch.arange(len(states), device=loaded.device)
         if planning.before is not None:
             planning.before([i for i in batch for _ in range(counts[i])])
-        with planning.arithmetic.forwards(), lower.lower.skipped(output._replace(states=states)):
+        with _forwards(loaded, planning), lower.lower.skipped(output._replace(states=states)):
             hidden = at(loaded.model, torch.zeros_like(rows)[:, None], rows, torch.zeros_like(rows))
         loaded.counter.num_head_rows += len(rows)
         yield list(batch), hidden
@@ -186,25 +203,25 @@ def run_shared(
         cells = [(row, j) for row, i in enumerate(batch) for j, c in enumerate(examples[i].candidates) if len(c) > 1]
         answers = [examples[batch[row]].candidates[j][:-1] for row, j in cells]
         ids = _padded(prompts, loaded, left=True)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=loaded.device)
+        lengths = on_device(np.array([*map(len, prompts)], np.int64), loaded.device)
         with torch.inference_mode():
-            ends, cache = run_prompts(loaded.model, torch.from_numpy(ids).to(loaded.device), lengths)
+            ends, cache = run_prompts(loaded.model, on_device(ids, loaded.device), lengths)
             _count(loaded, ids, used=sum(map(len, prompts)), head_rows=len(prompts))
             rest = ends[:0]
             if cells:
                 more = _padded(answers, loaded)
                 counts = [len(answer) for answer in answers]
-                owners = torch.tensor([row for row, _ in cells], device=loaded.device)
+                owners = on_device(np.array([row for row, _ in cells], np.int64), loaded.device)
                 hidden = run_answers(
                     loaded.model,
                     cache,
-                    torch.from_numpy(more).to(loaded.device),
+                    on_device(more, loaded.device),
                     owners=owners,
                     lengths=lengths,
                     width=ids.shape[1],
                 )
-                read = np.arange(more.shape[1]) < np.array(counts)[:, None]
-                rest = hidden[torch.from_numpy(read).to(loaded.device)]
+                read = np.nonzero(np.arange(more.shape[1]) < np.array(counts)[:, None])
+                rest = hidden[tuple(on_device(each, loaded.device) for each in read)]
                 _count(loaded, more, used=sum(counts), head_rows=sum(counts))
             del cache  # before the next prompts run
         yield SharedForward(batch, ends, cells, rest)

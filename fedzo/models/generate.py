@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from fedzo.data.chat import chat_end
+from fedzo.data.config import TaskKind
 from fedzo.errors import ConfigError
 from fedzo.models.checks import mismatch, num_positions, num_rows, said_by_both
 from fedzo.models.loaded import LoadedModel
@@ -32,11 +34,11 @@ def generate(
 
     Args:
         loaded: The model.
-        prompts: Token ids of each prompt, none empty; one too long for the model's positions loses its beginning.
+        prompts: Token ids of each prompt, none empty, and with room for an answer behind it.
         max_new_tokens: Longest answer.
         tokens_per_batch: Memory of a batch, in tokens of one forward: for prompts padded and the new ones.
-        ends: Tokens that end an answer, beside the tokenizer's end and those of the model.
-        stop_at_newline: Keep the first line of an answer only.
+        ends: Tokens that end an answer, beside the tokenizer's end and those of the model (``answer_ends``).
+        stop_at_newline: Keep the first line of an answer only, and stop there.
         on_batch: Called after each batch with prompts done and in total.
         before: Called before each batch with the numbers of its prompts, where rows have weights of their own.
 
@@ -44,7 +46,7 @@ def generate(
         The answers in the order of the prompts, without special tokens and outer white space.
 
     Raises:
-        ConfigError: A prompt is empty.
+        ConfigError: A prompt is empty, or the model has too few positions for it and an answer.
     """
     tokenizer = loaded.tokenizer
     stops = end_tokens(loaded).union(ends)
@@ -88,7 +90,7 @@ def generate_tokens(
         change: Changes a batch's logits before the highest is taken.
 
     Raises:
-        ConfigError: A prompt is empty.
+        ConfigError: A prompt is empty, or the model has too few positions for it and an answer.
     """
     if not all(prompts):
         raise ConfigError("every prompt must have at least one token, got an empty one. Check the task's template.")
@@ -102,9 +104,9 @@ def generate_tokens(
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
     )
-    longest, virtual = num_positions(loaded.model), num_virtual_tokens(loaded.model)
-    if longest is not None:
-        prompts = [prompt[-max(1, longest - max_new_tokens - virtual) :] for prompt in prompts]
+    virtual = num_virtual_tokens(loaded.model)
+    if (longest := num_positions(loaded.model)) is not None:
+        _check_room(prompts, max_new_tokens, virtual=virtual, longest=longest)
     answers: list[list[int]] = [[] for _ in prompts]
     num_done = 0
     lengths = [virtual + len(prompt) + max_new_tokens for prompt in prompts]
@@ -127,6 +129,17 @@ def generate_tokens(
         if on_batch is not None:
             on_batch(num_done, len(prompts))
     return answers
+
+
+def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, *, virtual: int, longest: int) -> None:
+    """Refuse prompts whose answer would end behind the model's last position: cut, they would ask something else."""
+    taken = f"{max_new_tokens} tokens of an answer" + (f" and {virtual} virtual ones" if virtual else "")
+    for number, prompt in enumerate(prompts):
+        if len(prompt) + virtual + max_new_tokens > longest:
+            raise ConfigError(
+                f"prompt {number} must fit into the model's {longest} positions together with {taken}, got "
+                f"{len(prompt)} tokens. Shorten it, or lower --max-new-tokens."
+            )
 
 
 def _generated(
@@ -176,6 +189,13 @@ def _batches(lengths: Sequence[int], *, tokens_per_batch: int, padded: bool) -> 
         of_group = [lengths[i] for i in group]
         for batch in plan_batches(of_group, tokens_per_batch=tokens_per_batch, forward_cost_tokens=FEW_FORWARDS):
             yield [group[i] for i in batch]
+
+
+def answer_ends(tokenizer: Any, kind: TaskKind) -> set[int]:
+    """Tokens at which the score of a task of this kind stops to read an answer, beside the model's own ends."""
+    if kind is TaskKind.instruction:
+        return chat_end(tokenizer)
+    return _newline(tokenizer) if kind is TaskKind.generation else set()
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from fedzo.errors import ConfigError
+from fedzo.models.attention import repeat_keys
 from fedzo.models.available import TORCH_DTYPES, check_room, held_bytes, ways_to_fit
 from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions, positions_alone
 from fedzo.models.compiled import compile_decoder
@@ -72,7 +73,7 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
         if is_out_of_memory(error):
             raise ConfigError(
                 f"model.name {config.name!r}: the memory of {where} must hold the weights in {config.dtype}, but does "
-                f"not. {ways_to_fit(config)}"
+                f"not. {ways_to_fit(config, where)}"
             ) from error
         if not _is_of_device(error):
             raise
@@ -297,12 +298,12 @@ def _wrap(
 ) -> LoadedModel:
     model.eval()
     model.requires_grad_(False)
+    if device.type == "cuda":
+        repeat_keys()
     for settings in (model.config, model.config.get_text_config()):  # a decoder beside other parts reads its own
         settings.use_cache = False
     if hasattr(model.config, "rescale_every"):
         model.config.rescale_every = 0  # or RWKV divides its weights, in place, in its first forward
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
     check_tokens(model, tokenizer, name=source)
     check_causal(model, name=source)
     direct_head = check_head(model)

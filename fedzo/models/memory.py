@@ -6,7 +6,8 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     scratch      of a sketch: one decoded layer, the largest; in float32 where a backward pass is taken, on a GPU beside
                  the forward pass's. Of weights in four bits: the largest, unpacked
     activations  tokens * w * (6 * hidden + 3 * intermediate), one layer's at a time: there is no backward pass
-    attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down ("eager", as Gemma 2)
+    attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down: "eager" (Gemma 2), or
+                 bfloat16 on a GPU before Ampere
     states       tokens * 4 * (4 * inner * state) of a state space layer; where it pairs the tokens of a chunk (Mamba 2)
                  tokens * 4 * (8 * heads * (chunk + state)) * chunk / 32, since every text is padded to whole chunks
     head         head_rows * vocabulary * 8, logits and their logarithms in float32; without a backward pass they are
@@ -32,6 +33,7 @@ import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
+from fedzo.models.available import attends_plainly
 from fedzo.models.checks import text_config
 from fedzo.models.head import hidden_at
 from fedzo.models.loaded import LoadedModel
@@ -110,10 +112,10 @@ def estimate_step_memory_bytes(
     Returns:
         Bytes.
     """
-    width = next(model.parameters()).element_size()
-    config = text_config(model)
+    first, config = next(model.parameters()), text_config(model)
+    width = first.element_size()
     activations = batch_tokens * width * (6 * _hidden(config) + 3 * _intermediate(config))
-    if getattr(config, "_attn_implementation", None) == "eager":
+    if getattr(config, "_attn_implementation", None) == "eager" or attends_plainly(first.device, first.dtype):
         activations += 2 * 4 * _SEQUENCE_TOKENS * batch_tokens * _heads(config)
     activations += 4 * batch_tokens * _states(model)
     activations *= int(config.num_hidden_layers) if backward else 1

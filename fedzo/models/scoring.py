@@ -27,7 +27,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, Shared, plan_shared
 from fedzo.models.virtual_tokens import num_virtual_tokens
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, on_device
 
 _CHUNK_LOGITS = 1 << 26  # logits made at once: 256 MiB in float32
 
@@ -193,8 +193,8 @@ def _single_token_scores(
                 picked.append(_picked(loaded, hidden, tokens[batch]))
             else:
                 vocabulary, column = np.unique(tokens[batch], return_inverse=True)
-                logits = _logits(loaded, hidden, torch.from_numpy(vocabulary).to(loaded.device))
-                columns = torch.from_numpy(column.reshape(len(batch), width)).to(loaded.device)
+                logits = _logits(loaded, hidden, on_device(vocabulary, loaded.device))
+                columns = on_device(column.reshape(len(batch), width), loaded.device)
                 picked.append(logits.gather(1, columns))
         order.extend(batch)
     scores = planning.arithmetic.empty_scores(*tokens.shape)
@@ -205,7 +205,7 @@ def _single_token_scores(
 
 def _picked(loaded: LoadedModel, hidden: torch.Tensor, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
     """Log-probabilities over the whole vocabulary of some tokens of each row, float32 [rows, tokens]."""
-    wanted = torch.from_numpy(tokens).to(loaded.device)
+    wanted = on_device(tokens, loaded.device)
     parts = zip(_chunks(loaded, hidden), _chunks(loaded, wanted), strict=True)
     return torch.cat([_logits(loaded, part).log_softmax(-1).gather(1, columns) for part, columns in parts])
 
@@ -258,7 +258,7 @@ def _mean_logprobs(loaded: LoadedModel, answers: Sequence[tuple[Tokens, Tokens]]
 
 def _token_logprobs(loaded: LoadedModel, hidden: torch.Tensor, targets: Sequence[int], planning: Planning) -> Any:
     """Log-probability of each position's target, float64 [N]: float32 numbers, ready to be summed."""
-    wanted = torch.tensor(targets, device=loaded.device)
+    wanted = on_device(np.array(targets, np.int64), loaded.device)
     parts = zip(_chunks(loaded, hidden), _chunks(loaded, wanted), strict=True)
     with planning.arithmetic.forwards():
         logprobs = [-F.cross_entropy(_logits(loaded, part), tokens, reduction="none") for part, tokens in parts]

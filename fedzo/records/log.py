@@ -30,7 +30,7 @@ from fedzo.records.fields import (
     Within,
 )
 
-Directions = Annotated[int, Within(0, 0xFFFFFFFE)] | Literal["shared"]
+_Directions = Annotated[int, Within(0, 0xFFFFFFFE)] | Literal["shared"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,7 +54,7 @@ class PublicLine(Proof):
 
     Attributes:
         owners: Owners of the columns of ``c``: ``("shared",)`` for an aggregate, or client indices.
-        directions: Along which directions the columns lie (``fedzo.zo.seeds``).
+        directions: Along which directions the columns lie (``fedzo.zo.keys``).
         c: Scalars by step, probe and owner, float32 [T, P, owners].
     """
 
@@ -62,7 +62,7 @@ class PublicLine(Proof):
     round: RoundNumber
     lr: LearningRate
     owners: Annotated[tuple[Annotated[int, Within(0, 0xFFFFFFFE)] | Literal["shared"], ...], Length(1, MAX_OWNERS)]
-    directions: Annotated[Directions, OmitDefault()] = 0
+    directions: Annotated[_Directions, OmitDefault()] = 0
     c: Columns
     attendance: Clients
 

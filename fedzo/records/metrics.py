@@ -293,6 +293,7 @@ class Summary:
     Attributes:
         before: The first evaluator's score of the test rows before training.
         after: Its score of the test rows at the best round.
+        dev: Its score of the dev rows by which that round was chosen; None without one, and in older records.
     """
 
     kind: ClassVar[str] = "summary"
@@ -311,6 +312,7 @@ class Summary:
     message_down_bytes: Count
     wire_up_bytes: WireCount = None
     wire_down_bytes: WireCount = None
+    dev: Annotated[CentralScore | None, OmitDefault()] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -156,6 +156,16 @@ def mean_text(metric: str, mean: float, half: float) -> str:
     return f"{text} +- {100 * half:.1f} points" if metric == "accuracy" else f"{text} +- {half:.3f}"
 
 
+def gain_text(metric: str, mean: float, half: float) -> str:
+    """A mean difference of scores over seeds with the half width of its interval.
+
+    Example:
+        >>> gain_text("accuracy", 0.0104, 0.0027), gain_text("token_f1", -0.5, 0.0341)
+        ('+1.0 points +- 0.3', '-0.500 +- 0.034')
+    """
+    return f"{change_text(metric, 0.0, mean)} +- " + (f"{100 * half:.1f}" if metric == "accuracy" else f"{half:.3f}")
+
+
 def flagged_text(clients: Sequence[int], *, fallback: bool) -> str:
     """Whom a decision on who stops early flagged.
 

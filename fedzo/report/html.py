@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedzo.records.folder import REPORT, replace_file
-from fedzo.records.metrics import Round
+from fedzo.records.metrics import CentralScore, Round
 from fedzo.report.figures import draw_figures
 from fedzo.report.format import (
     MISSING,
@@ -49,12 +49,12 @@ def write_report(run_dir: Path, *, out_dir: Path | None = None) -> Path:
     run = load_run(run_dir)
     pictures = draw_figures(run)
     save_pictures(pictures, (out_dir or run_dir) / "figures")
-    before, after = run.first.test
+    split, before, after = _ends(run)
     text = render_page(
         title=f"{run.setting('trainer', 'plugin') or 'a run'} on {run.setting('task', 'name') or 'its task'}",
         subtitle=f"{run.setting('model', 'name')}, {_num_clients(run)}, folder {run_dir.name}",
         headline=_from_to(before.metric, before.value, after.value) if before and after else "",
-        headline_note=_headline_note(run),
+        headline_note=_headline_note(split, before, after) if before and after else "",
         notes=_notes(run),
         tables=[t for t in (_numbers(run), _evaluators(run), _classes(run), _own_classes(run), _lost(run)) if t.rows],
         long_tables=[table for table in (_stages(run), _clients(run)) if table.rows],
@@ -110,11 +110,18 @@ def _num_clients(run: RunData) -> str:
     return counted(number, "client") if isinstance(number, int) else f"{number} clients"
 
 
-def _headline_note(run: RunData) -> str:
+def _ends(run: RunData) -> tuple[str, CentralScore | None, CentralScore | None]:
+    """The first evaluator's scores before training and at the best round: of the test rows, or else of the dev rows."""
     before, after = run.first.test
-    if not before or not after:
-        return ""
-    parts = [f"{before.metric} on {count_text(after.num_examples)} test rows, before and after training"]
+    if (before and after) or not run.summary:
+        return "test", before, after
+    dev = {score.round: score for score in run.first.dev}
+    return "dev", dev.get(0), dev.get(run.summary.best_round)
+
+
+def _headline_note(split: str, before: CentralScore, after: CentralScore) -> str:
+    when = "before and after training" if split == "test" else "before training and at the best round, which they chose"
+    parts = [f"{before.metric} on {count_text(after.num_examples)} {split} rows, {when}"]
     if before.best_threshold_accuracy is not None and after.best_threshold_accuracy is not None:
         shift = _from_to("accuracy", before.best_threshold_accuracy, after.best_threshold_accuracy)
         parts.append(f"at the best threshold for these rows {shift}: the rest of the gain is a shift of the threshold")
@@ -159,8 +166,9 @@ def _numbers(run: RunData) -> Table:
     if run.setup and run.setup.prepare_seconds is not None:
         rows.append(["time to prepare the trainer", seconds_text(run.setup.prepare_seconds)])
     rows += [["time of rounds", seconds_text(run.round_seconds)], ["time with scores", seconds_text(run.seconds)]]
-    if run.summary and run.first.dev:
-        rows.append(["best dev round", str(run.summary.best_round)])
+    for best in (score for score in run.first.dev if run.summary and score.round == run.summary.best_round):
+        found = f"loss {number_text(best.loss)}, {best.metric} {score_text(best.metric, best.value)}"
+        rows.append(["best dev round", f"{best.round} ({found})"])
     if run.setup:
         trained = f"{count_text(run.setup.space_size)} of {count_text(run.setup.num_params)}"
         rows.append(["trained weights", f"{trained} ({share_text(run.setup.space_size, run.setup.num_params)})"])

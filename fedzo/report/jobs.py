@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from fedzo.errors import FedzoError, FolderInUseError, RunFolderError, printable
 from fedzo.fl.config import BestBy
@@ -16,7 +17,8 @@ from fedzo.records.decode import parse_json, read_record, to_json
 from fedzo.records.fields import Length
 from fedzo.records.folder import CONFIG, FAILED, OVERRIDES, RUN_FILE, read_file, replace_file
 from fedzo.records.metrics import CentralScore, Summary
-from fedzo.report.run_data import RunData, load_run, read_overrides
+from fedzo.records.texts import read_overrides
+from fedzo.report.run_data import RunData, load_run
 
 SEED = "seed"
 """The key of the run seed."""
@@ -58,14 +60,45 @@ def noted_failure(folder: Path, overrides: Sequence[str]) -> Iterator[None]:
         raise
 
 
+class Cost(NamedTuple):
+    """What a run has cost by the end of some round.
+
+    Attributes:
+        setup_bytes: What a client was sent before the first.
+        payload_bytes: What a client has sent and received in rounds, the mean over clients.
+        forwards: Of all local steps that counted, of all clients; None where the set-up does not tell a step's.
+        seconds: Of the rounds alone.
+    """
+
+    setup_bytes: int
+    payload_bytes: float
+    forwards: int | None
+    seconds: float
+
+    @property
+    def bytes_per_client(self) -> float:
+        """Both ways, with the set-up."""
+        return self.setup_bytes + self.payload_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job of a sweep; ``run`` is None where it failed, or left no run that can be read."""
+    """One job of a sweep.
+
+    Attributes:
+        name: Its folder.
+        settings: The words of its command line, by key.
+        run: Without its rounds, since those of all jobs would fill the memory; None where the job failed, or left no
+            run that can be read.
+        problem: Why there is none.
+        costs: By rounds done: at every score of the server's rows, and in the end.
+    """
 
     name: str
     settings: dict[str, str]
     run: RunData | None
     problem: str = ""
+    costs: dict[int, Cost] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -78,6 +111,11 @@ class Job:
     def summary(self) -> Summary | None:
         """How the run ended; None while it has not."""
         return self.run.summary if self.run else None
+
+    @property
+    def cost(self) -> Cost:
+        """Of all rounds of its run."""
+        return self.costs[max(self.costs)]
 
     @property
     def seed(self) -> str:
@@ -164,9 +202,26 @@ def _job(folder: Path, name: str) -> Job:
         if failure := _failure(folder):
             hidden = f" To see the run in its folder again, remove {FAILED} there." if has_begun(folder) else ""
             return Job(name, settings, None, printable(failure.text, most=1000) + hidden)
-        return Job(name, settings, load_run(folder))
+        run = load_run(folder)
+        return Job(name, settings, replace(run, rounds=(), places={}), costs=_costs(run))
     except RunFolderError as error:
         return Job(name, settings, None, str(error))
+
+
+def _costs(run: RunData) -> dict[int, Cost]:
+    """By rounds done, as ``Job`` has them."""
+    wanted = {len(run.rounds), *(score.round for scored in run.scored for score in scored.central)}
+    setup_bytes = run.setup.setup_down_bytes if run.setup else 0
+    per_step = run.setup.forwards_per_step if run.setup else None
+    num_clients = max(len(run.clients), 1)
+    payload = accumulate((record.payload_up_bytes + record.payload_down_bytes for record in run.rounds), initial=0)
+    steps = accumulate((sum(client.steps for client in record.clients) for record in run.rounds), initial=0)
+    seconds = accumulate((record.round_seconds for record in run.rounds), initial=0.0)
+    return {
+        done: Cost(setup_bytes, sent / num_clients, None if per_step is None else taken * per_step, spent)
+        for done, (sent, taken, spent) in enumerate(zip(payload, steps, seconds, strict=True))
+        if done in wanted
+    }
 
 
 def varied(jobs: Sequence[Job]) -> list[str]:

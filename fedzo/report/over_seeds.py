@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 from fedzo.fl.config import BestBy
 from fedzo.records.metrics import CentralScore
-from fedzo.report.format import interval, mean_text, score_text
+from fedzo.report.format import gain_text, interval, mean_text, score_text, span
 from fedzo.report.jobs import SEED, Job, dev_number
 
 _ELSEWHERE = ("device", "threads", "artifact_max_bytes", "runtime", "report", "trackers")
 """Keys of where a job is computed and how it is told of. ``rewriter`` is none: other models write other rows."""
 _WRITES_ROWS = ("plugin", "model", "judge_model", "examples", "dtype", "max_tokens", "context_tokens")
 """Keys of ``rewriter`` by which rows differ; the others are of its budget, its speed and its place."""
+_ROWS = (("data", "path"), ("split",), ("partition",), ("fl", "num_clients"))
+"""What tells, with the run seed, which rows each client has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,21 @@ class Group:
         known = [number for number in numbers if number is not None]
         return statistics.fmean(known) if known and len(known) == len(numbers) else None
 
+    def is_lower_better(self, by: BestBy) -> bool:
+        """Of what ``dev_mean`` is the mean of."""
+        return by is BestBy.loss or self.scores("dev")[0].lower_is_better
+
+    @property
+    def test_by_seed(self) -> dict[str, float]:
+        """The value on the test rows by run seed; empty where a job has none."""
+        return {job.seed: score.value for job, score in zip(self.jobs, self.scores("test"), strict=False)}
+
+    @property
+    def rows(self) -> list[object]:
+        """The settings by which, with the run seed, each client has its rows."""
+        run = self.jobs[0].run
+        return [run.setting(*path) for path in _ROWS] if run else []
+
 
 def groups_of(jobs: Sequence[Job], keys: Sequence[str]) -> list[Group]:
     """Finished jobs by all settings but the seed; each job on its own where no group would have two seeds.
@@ -73,38 +90,62 @@ def max_seeds(groups: Sequence[Group]) -> int:
     return max((len(group.jobs) for group in groups), default=0)
 
 
-def seeds_table(groups: Sequence[Group], keys: Sequence[str], by: BestBy) -> list[list[str]]:
-    """A header and a row for each group; empty where no group has two seeds."""
-    if max_seeds(groups) < 2:
-        return []
-    rows = [[*_of_recipe(keys), "seeds", f"mean dev {by}", "mean test"]]
-    for group in groups:
-        mean, dev, test = group.dev_mean(by), group.scores("dev"), group.scores("test")
-        row = [*group.settings, str(len(group.jobs))]
-        row.append("" if mean is None else _dev_text(dev[0], mean, by))
-        row.append(mean_text(test[0].metric, *interval([score.value for score in test])) if test else "")
-        rows.append(row)
-    return rows
+def ranked(groups: Sequence[Group], by: BestBy) -> list[Group]:
+    """Those that have a mean dev score, the best first."""
+    known = [(mean, group) for group in groups if (mean := group.dev_mean(by)) is not None]
+    known.sort(key=lambda entry: entry[0] if entry[1].is_lower_better(by) else -entry[0])
+    return [group for _, group in known]
 
 
-def best_group(groups: Sequence[Group], by: BestBy) -> str:
-    """The group of the best mean dev score; empty where fewer than two have one.
+def best_group(groups: Sequence[Group], by: BestBy) -> Group | None:
+    """The group of the best mean dev score; None where fewer than two have one.
 
     Groups of fewer seeds than the largest do not take part: the fewer the seeds, the luckier a mean can be.
     """
     most = max_seeds(groups)
-    largest = [group for group in groups if len(group.jobs) == most]
-    means = [(value, group) for group in largest if (value := group.dev_mean(by)) is not None]
-    if len(means) < 2:
-        return ""
-    score = means[0][1].scores("dev")[0]
-    is_lower = by is BestBy.loss or score.lower_is_better
-    sign = 1 if is_lower else -1
-    mean, best = min(means, key=lambda entry: sign * entry[0])
-    what = f"dev {by if by is BestBy.loss else score.metric}: {_dev_text(score, mean, by)}"
-    if most > 1:
-        what = f"mean {what} over {most} seeds"
-    return f"{'Lowest' if is_lower else 'Highest'} {what} ({best.name})"
+    able = ranked([group for group in groups if len(group.jobs) == most], by)
+    return able[0] if len(able) > 1 else None
+
+
+def headline(best: Group, by: BestBy) -> str:
+    """Names the best of the groups."""
+    what = f"dev {by if by is BestBy.loss else best.scores('dev')[0].metric}: {_dev_text(best, by)}"
+    if len(best.jobs) > 1:
+        what = f"mean {what} over {len(best.jobs)} seeds"
+    return f"{'Lowest' if best.is_lower_better(by) else 'Highest'} {what} ({best.name})"
+
+
+def gains(group: Group, other: Group) -> list[float]:
+    """Its values on the test rows less those of another group, of each run seed that both have.
+
+    Jobs of one seed are a pair, since it gives their clients the same rows in the same order: what a seed does to both
+    is in no difference. Empty where the clients of the two have other rows.
+    """
+    if group.rows != other.rows:
+        return []
+    theirs = other.test_by_seed
+    return [value - theirs[seed] for seed, value in group.test_by_seed.items() if seed in theirs]
+
+
+def seeds_table(groups: Sequence[Group], keys: Sequence[str], by: BestBy, reference: Group | None) -> list[list[str]]:
+    """A header and a row for each group; empty where no group has two seeds.
+
+    With a ``reference``, the last column has the mean of the ``gains`` over that group.
+    """
+    if max_seeds(groups) < 2:
+        return []
+    rows = [[*_of_recipe(keys), "seeds", f"mean dev {by}", "mean test"]]
+    if reference:
+        rows[0].append(f"test less that of the best dev {by}")
+    for group in groups:
+        test = group.scores("test")
+        row = [*group.settings, str(len(group.jobs)), _dev_text(group, by)]
+        row.append(mean_text(test[0].metric, *interval([score.value for score in test])) if test else "")
+        if reference:
+            found = [] if group is reference else gains(group, reference)
+            row.append(gain_text(test[0].metric, *interval(found)) if len(found) > 1 else "")
+        rows.append(row)
+    return rows
 
 
 def settings_notes(jobs: Sequence[Job], keys: Sequence[str]) -> list[str]:
@@ -118,12 +159,22 @@ def settings_notes(jobs: Sequence[Job], keys: Sequence[str]) -> list[str]:
     return ["Jobs of the same words have different settings, perhaps of an edited file: compare their config.yaml."]
 
 
-def seeds_notes(groups: Sequence[Group], jobs: Sequence[Job], *, are_compared: bool) -> list[str]:
+def seeds_notes(
+    groups: Sequence[Group], jobs: Sequence[Job], reference: Group | None, *, are_compared: bool
+) -> list[str]:
     """What a reader of the means must know; empty where no group has two seeds."""
     most = max_seeds(groups)
     if most < 2:
         return []
     notes = ["Over seeds: +- is the half width of the 95 % interval of the mean over run seeds, by Student's t."]
+    if rows := [score.num_examples for group in groups for score in group.scores("test")]:
+        same = f"the same {span(rows, 'test row')}"
+        notes.append(f"All seeds of a setting score {same}, whose own error is no part of +-.")
+    if reference:
+        notes.append(
+            f"The last column compares with {reference.name}, seed by seed, since jobs of one seed have the same rows. "
+            "It is empty for that setting, for fewer than two common seeds, and where clients have other rows."
+        )
     fewer = [group.name for group in groups if len(group.jobs) < most]
     if fewer and are_compared:
         notes.append(f"Groups of fewer than {most} seeds are not named the best: {'; '.join(fewer)}.")
@@ -150,5 +201,9 @@ def _of_recipe(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if key != SEED and str(key).partition(".")[0] not in _ELSEWHERE]
 
 
-def _dev_text(score: CentralScore, number: float, by: BestBy) -> str:
-    return f"{number:.3f}" if by is BestBy.loss else score_text(score.metric, number)
+def _dev_text(group: Group, by: BestBy) -> str:
+    """Its mean dev score; empty where it has none."""
+    mean = group.dev_mean(by)
+    if mean is None:
+        return ""
+    return f"{mean:.3f}" if by is BestBy.loss else score_text(group.scores("dev")[0].metric, mean)

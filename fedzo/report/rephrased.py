@@ -22,7 +22,11 @@ _MAX_SHOWN = 200
 
 
 def rephrased_page(
-    rephraser: Rephraser, rows: Sequence[Row], outcomes: Sequence[RowOutcome], attempts: Mapping[str, Attempt]
+    rephraser: Rephraser,
+    rows: Sequence[Row],
+    outcomes: Sequence[RowOutcome],
+    attempts: Mapping[str, Attempt],
+    figures: list[list[str]],
 ) -> str:
     """Texts before and after; the page's template escapes what rows and endpoint wrote.
 
@@ -31,6 +35,7 @@ def rephrased_page(
         rows: As they were.
         outcomes: What became of each.
         attempts: What else is known of those that were rewritten just now, by row digest.
+        figures: Of ``figures_table``.
     """
     column = rephraser.prompts.column
     table = [["row", "before", "after", ""]]
@@ -46,7 +51,7 @@ def rephrased_page(
     return render_page(
         title=f"{rephraser.task.name}: {column} rewritten",
         subtitle=f"style {rephraser.config.style}, {shown}. Training text only; it stays at this site",
-        tables=[summary, Table("Accepted rewrites", figures_table(rephraser, rows, outcomes))],
+        tables=[summary, Table("Accepted rewrites", figures)],
         long_tables=[Table("Before and after", table, has_head=True)],
         details=[
             ("Recipe", json.dumps(asdict(rephraser.config), indent=2)),

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.log_store import belongs
 from fedzo.records.decode import decode
-from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, OVERRIDES, PUBLIC, raised_as, read_file
+from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, PUBLIC, raised_as
 from fedzo.records.lines import LogLines
 from fedzo.records.log import decode_public
 from fedzo.records.metrics import (
@@ -35,9 +31,10 @@ from fedzo.records.metrics import (
     Summary,
     decode_metric,
 )
+from fedzo.records.texts import of_environment, of_yaml, read_mapping
 
-_MAX_OPEN = 100  # brackets; those of a configuration are a few
-_Told = tuple[Any, dict[str, Any]]  # a line's plain values, and what an error about them says
+_DECISIVE = ("fedzo", "python", "device", "threads", "cpu_capability", "float32_matmul_precision")
+_Line = tuple[Any, dict[str, Any]]  # a line's plain values, and what an error about them says
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +86,7 @@ class RunData:
     environment: dict[str, Any]
     setup: Setup | None
     rounds: tuple[Round, ...]
-    lines: LogLines[_Told]
+    lines: LogLines[_Line]
     places: dict[int, int]
     scored: tuple[Scored, ...]
     decision: StepDecision | None
@@ -129,14 +126,6 @@ class RunData:
     def round_seconds(self) -> float:
         """Seconds of the rounds alone: without scores, and without the server's own move of the model after each."""
         return sum(record.round_seconds for record in self.rounds)
-
-    @property
-    def forwards(self) -> int | None:
-        """Forwards of all local steps that counted, of all clients; None where the set-up does not tell a step's."""
-        if self.setup is None or self.setup.forwards_per_step is None:
-            return None
-        steps = sum(client.steps for record in self.rounds for client in record.clients)
-        return steps * self.setup.forwards_per_step
 
     @property
     def trained(self) -> tuple[Round, ...]:
@@ -185,8 +174,8 @@ def load_run(run_dir: Path) -> RunData:
     if (run_dir / PUBLIC).exists():
         done = len(LogLines(run_dir, PUBLIC, decode_public))
         records = [record for record in records if belongs(record, done)]
-    config_text, config, config_notes = _read_mapping(run_dir / CONFIG_YAML, _of_yaml)
-    _, environment, environment_notes = _read_mapping(run_dir / ENVIRONMENT, json.loads)
+    config_text, config, config_notes = read_mapping(run_dir / CONFIG_YAML, of_yaml)
+    _, environment, environment_notes = read_mapping(run_dir / ENVIRONMENT, of_environment)
     rounds = {record.round: record for record in records if isinstance(record, Round)}
     setups = [record for record in records if isinstance(record, Setup)]
     decisions = [record for record in records if isinstance(record, StepDecision)]
@@ -217,28 +206,13 @@ def load_run(run_dir: Path) -> RunData:
     )
 
 
-def read_environment(run_dir: Path) -> dict[str, Any]:
-    """What ``environment.json`` tells; nothing where the file is not there.
-
-    Raises:
-        RunFolderError: The file holds something else.
-    """
-    return _read_mapping(run_dir / ENVIRONMENT, _of_environment)[1]
-
-
-def read_overrides(run_dir: Path) -> list[str]:
-    """The overrides of the command line that began a run; none where the file is not there.
-
-    Raises:
-        RunFolderError: The file holds something else.
-    """
-    path = run_dir / OVERRIDES
-    if not path.exists():
-        return []
-    items: list[str] = _read_value(path, lambda text: _of_yaml(text) or [], list)[1]
-    if not all(isinstance(item, str) for item in items):
-        raise RunFolderError(f"{path}: must hold a list of texts such as fl.rounds=3. Restore the file from a copy.")
-    return items
+def computed_with(environment: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What of an environment the numbers of a run depend on, each by its name: at its begin, and after each change."""
+    now = {**{name: environment.get(name) for name in _DECISIVE}, **environment.get("packages", {})}
+    yield now
+    for later in environment.get("later", []):
+        now = {**now, **{name: value for name, value in later.items() if name != "round"}}
+        yield now
 
 
 def _scored(records: list[MetricRecord], config: dict[str, Any], *, best_round: int | None) -> tuple[Scored, ...]:
@@ -260,13 +234,13 @@ def _scored(records: list[MetricRecord], config: dict[str, Any], *, best_round: 
     )
 
 
-def _read_metrics(run_dir: Path) -> tuple[LogLines[_Told], dict[int, MetricRecord], list[str]]:
+def _read_metrics(run_dir: Path) -> tuple[LogLines[_Line], dict[int, MetricRecord], list[str]]:
     """The lines, the record of each by its number, and what was left out."""
     path, remedy = run_dir / METRICS, "Give the folder that fedzo train printed."
     with raised_as(RunFolderError, f"{path}: a run folder must hold a readable {METRICS}", remedy):
         size = path.stat().st_size  # before its lines are counted: a run may go on
-    lines = LogLines(run_dir, METRICS, _told)
-    records = {number: record for number, line in enumerate(lines) if (record := _light(*line)) is not None}
+    lines = LogLines(run_dir, METRICS, _line)
+    records = {number: record for number, line in enumerate(lines) if (record := _without_signals(*line)) is not None}
     if not records:
         raise RunFolderError(
             f"{path}: must hold at least one record, got none. The run stopped before it began; start it again."
@@ -275,11 +249,11 @@ def _read_metrics(run_dir: Path) -> tuple[LogLines[_Told], dict[int, MetricRecor
     return lines, records, [torn] if size > lines.num_bytes else []
 
 
-def _told(value: Any, **where: Any) -> _Told:
+def _line(value: Any, **where: Any) -> _Line:
     return value, where
 
 
-def _light(value: Any, where: dict[str, Any]) -> MetricRecord | None:
+def _without_signals(value: Any, where: dict[str, Any]) -> MetricRecord | None:
     """A record without the signals of single steps; None for a kind of a later version."""
     if isinstance(value, dict) and isinstance(value.get("kind"), str) and value["kind"] not in METRIC_KINDS:
         return None
@@ -296,51 +270,3 @@ def _unread(steps: int) -> StepSignals:
     return StepSignals(
         grad_ip=unknown, abs_g=unknown, loss=unknown, cosine=unknown, mean_abs_grad_ip=None, mean_abs_g=None
     )
-
-
-def _read_mapping(path: Path, parse: Callable[[str], Any]) -> tuple[str, dict[str, Any], list[str]]:
-    if not path.is_file():
-        return "", {}, [f"{path.name} is missing from the run folder."]
-    return *_read_value(path, parse, dict), []
-
-
-def _of_yaml(text: str) -> Any:
-    """The values of a YAML text, whose reader takes time by the square of how many brackets are open at once.
-
-    A few aliases, each of two of the one before, make values that fill the memory; fedzo writes none.
-    """
-    steps = (1 if sign in "[{" else -1 for sign in text if sign in "[]{}")
-    if max(accumulate(steps), default=0) > _MAX_OPEN:
-        raise ValueError("too many brackets inside one another")
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise ValueError("an alias (*name)")
-    return yaml.safe_load(text)
-
-
-def _of_environment(text: str) -> Any:
-    """The values of a text of JSON; parts of it by which a run is compared are what fedzo writes there."""
-    told = json.loads(text)
-    if isinstance(told, dict):
-        if not isinstance(told.get("packages", {}), dict):
-            raise ValueError("packages that are no mapping")
-        later = told.get("later", [])
-        if not (isinstance(later, list) and all(isinstance(each, dict) for each in later)):
-            raise ValueError("a value of later that is no list of mappings")
-    return told
-
-
-def _read_value(path: Path, parse: Callable[[str], Any], kind: type) -> tuple[str, Any]:
-    try:
-        text = read_file(path.parent, path.name).decode()
-        value = parse(text)
-        if not isinstance(value, kind):
-            raise ValueError(f"a {type(value).__name__}")
-    except RunFolderError:
-        raise
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        what = "a mapping" if kind is dict else f"a {kind.__name__}"
-        without = "go on" if path.name == ENVIRONMENT else "report"
-        raise RunFolderError(
-            f"{path}: must hold {what}, got {str(error)[:160]}. Restore the file, or delete it to {without} without it."
-        ) from error
-    return text, value

@@ -24,8 +24,7 @@ class ProgressSink:
         rounds: Rounds of the whole run.
         completed: Rounds that were done before it was resumed.
         sent_bytes: Message bytes up and down of those rounds.
-        evaluator: Whose scores the live line shows, and whose dev scores choose the best round.
-        has_dev: Whether it has scored dev rows before the run was resumed.
+        evaluator: Whose scores the live line shows.
         payload: What clients send, ``scalars`` or ``vectors``.
         enabled: Whether to print at all.
     """
@@ -37,14 +36,12 @@ class ProgressSink:
         completed: int = 0,
         sent_bytes: tuple[int, int] = (0, 0),
         evaluator: str | None = None,
-        has_dev: bool = False,
         payload: str = "scalars",
         enabled: bool = True,
     ) -> None:
         self._rounds = rounds
         self._up, self._down = sent_bytes
         self._evaluator = evaluator
-        self._has_dev = has_dev
         self._payload = payload
         self._score = ""
         self._last_print = 0.0
@@ -66,8 +63,7 @@ class ProgressSink:
             case FederatedScore():
                 self._count_bytes(record)
             case Summary():
-                lines = ending(record, payload=self._payload, has_dev=self._has_dev)
-                self._console.print("\n" + "\n".join(lines))
+                self._console.print("\n" + "\n".join(ending(record, payload=self._payload)))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -131,7 +127,6 @@ class ProgressSink:
         text = score_text(score.metric, score.value)
         if score.evaluator == self._evaluator:
             self._score = f"{score.split} {text}  "
-            self._has_dev |= score.split == "dev"
         self._console.print(f"{score.split} after {counted(score.round, 'round')}: {score.metric} {text}")
 
 
@@ -195,18 +190,19 @@ def replaying(rounds: int) -> str:
     return f"replaying {counted(rounds, 'round')}"
 
 
-def ending(summary: Summary, *, payload: str = "scalars", has_dev: bool) -> list[str]:
-    """What a run says last: test scores, the worst client, whom a step policy flagged, and bytes of the payload.
+def ending(summary: Summary, *, payload: str = "scalars") -> list[str]:
+    """What a run says last: scores, the worst client, whom a step policy flagged, and bytes of the payload.
+
+    The scores are those of the test rows, or without any that of the dev rows at the best round.
 
     Args:
         summary: The run's.
         payload: What clients send.
-        has_dev: Whether dev scores chose the best round; else it is the last.
     """
-    before, after, rows = summary.before, summary.after, []
+    before, after, dev, rows = summary.before, summary.after, summary.dev, []
     head = f"after {counted(summary.rounds, 'round')}:"
     if before and after:
-        chosen = "best dev round" if has_dev else "after round"
+        chosen = "best dev round" if dev else "after round"
         head = f"test, before -> after ({chosen} {summary.best_round} of {summary.rounds}):"
         for title, first, last in (
             (before.metric, before.value, after.value),
@@ -216,6 +212,10 @@ def ending(summary: Summary, *, payload: str = "scalars", has_dev: bool) -> list
         ):
             if first is not None and last is not None:
                 rows.append((title, f"{first:.3f} -> {last:.3f}"))
+    elif dev:
+        head = f"dev (best round {summary.best_round} of {summary.rounds}):"
+        found = ((dev.metric, dev.value), ("loss", dev.loss))
+        rows += [(title, f"{number:.3f}") for title, number in found if number is not None]
     if worst := summary.worst_client:
         own = "its own rows" if worst.num_examples is None else counted(worst.num_examples, "own row")
         where = f"client {worst.client}, on {own} after round {worst.round}"

@@ -9,17 +9,19 @@ from pathlib import Path
 
 from fedzo.fl.config import BestBy
 from fedzo.records.folder import REPORT, replace_file
+from fedzo.report.curves import draw_curves, score_numbers
 from fedzo.report.format import span
 from fedzo.report.html import Table, render_page, write_page
 from fedzo.report.jobs import Job, are_alike, are_ordered, best_by, jobs_of_runs, jobs_of_sweep, varied
-from fedzo.report.over_seeds import best_group, groups_of, seeds_notes, seeds_table, settings_notes
+from fedzo.report.over_seeds import best_group, groups_of, headline, seeds_notes, seeds_table, settings_notes
+from fedzo.report.run_data import computed_with
 from fedzo.report.style import save_pictures, writing_report
 from fedzo.report.sweep_figures import draw_sweep
 from fedzo.report.sweep_tables import job_numbers, job_table
 
 
 def write_sweep_report(sweep_dir: Path, *, out_dir: Path | None = None) -> Path | None:
-    """Write ``sweep.csv`` (plain numbers), ``sweep.md`` and ``report.html`` over the jobs; None if there is no job.
+    """Write ``sweep.csv``, ``scores.csv``, ``sweep.md`` and ``report.html`` over the jobs; None if there is no job.
 
     They go into the sweep's folder, or into another.
 
@@ -53,33 +55,43 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
     keys, by = varied(jobs), best_by(jobs)
     alike, ordered = are_alike(jobs), are_ordered(jobs, by)
     groups = groups_of(jobs, keys)
+    best = best_group(groups, by) if alike and ordered else None
+    reference = best if best and best.scores("test") else None
     tables = [Table("Jobs", job_table(jobs, keys), has_head=True)]
-    if over_seeds := seeds_table(groups, keys, by):
+    if over_seeds := seeds_table(groups, keys, by, reference):
         tables.append(Table("Over seeds", over_seeds, has_head=True))
     pictures = draw_sweep(jobs, keys) if alike else []
-    numbers = io.StringIO(newline="")
-    csv.writer(numbers).writerows(job_numbers(jobs, keys))
+    if alike and ordered:
+        pictures += draw_curves(groups, by)
     with writing_report(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "sweep.csv", numbers.getvalue())
+        replace_file(folder / "sweep.csv", _csv(job_numbers(jobs, keys)))
+        replace_file(folder / "scores.csv", _csv(score_numbers(jobs, keys)))
         replace_file(folder / "sweep.md", "\n".join(_markdown(table.rows) for table in tables))
     save_pictures(pictures, folder / "figures")
     page = render_page(
         title=title,
         subtitle=subtitle,
-        headline=best_group(groups, by) if alike and ordered else "",
+        headline=headline(best, by) if best else "",
         headline_note=f"Choose settings by the dev {by}: a test score that chose a setting is biased.",
         notes=[
             *(f"{job.name}: {job.problem or job.state}" for job in jobs if job.state != "finished"),
             *_not_compared(by, alike=alike, ordered=ordered),
             *_chances(jobs),
             *settings_notes(jobs, keys),
-            *seeds_notes(groups, jobs, are_compared=alike and ordered),
+            *_environment_notes(jobs),
+            *seeds_notes(groups, jobs, reference, are_compared=alike and ordered),
         ],
         tables=tables,
         pictures=pictures,
     )
     return write_page(folder / REPORT, page)
+
+
+def _csv(rows: Iterable[list[object]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def _markdown(rows: Iterable[list[str]]) -> str:
@@ -103,3 +115,22 @@ def _chances(jobs: Sequence[Job]) -> list[str]:
     if len(set(counts)) < 2:
         return []
     return [f"Best rounds were chosen among {span(counts, 'dev score')}: jobs with more scores are favoured."]
+
+
+def _environment_notes(jobs: Sequence[Job]) -> list[str]:
+    """Whether finished jobs were computed with different versions, devices or threads."""
+    runs = [job.run for job in jobs if job.run and job.summary]
+    told = [each for run in runs if run.environment for each in computed_with(run.environment)]
+    names = dict.fromkeys(name for each in told for name in each)
+    differ = [name for name in names if len({str(each.get(name)) for each in told}) > 1]
+    chosen = {
+        run.setup.forwards.products or run.setup.forwards.dtype
+        for run in runs
+        if run.setup and run.setup.forwards and run.setting("model", "dtype") == "auto"
+    }
+    if len(chosen) > 1:
+        differ.append("dtype (of model.dtype=auto)")
+    if not differ:
+        return []
+    what = ", ".join(differ)
+    return [f"Jobs were computed with different {what}: times do not compare, and scores may differ for that alone."]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from matplotlib.ticker import PercentFormatter
@@ -32,17 +32,15 @@ class _Point(NamedTuple):
     name: str
     before: CentralScore
     after: CentralScore
-    payload_bytes: int
+    num_bytes: float
 
 
 def draw_sweep(jobs: Sequence[Job], keys: Sequence[str]) -> list[Picture]:
     """Draw the test scores of finished jobs of one measure; their dev scores where no job has test rows."""
     split = "test" if any(job.scores("test") for job in jobs) else "dev"
-    names = {name: shortened(name, MAX_NAME, tail=MAX_NAME // 2) for name in (job.in_words(keys) for job in jobs)}
-    if len({*names.values()}) < len(names):  # what tells jobs apart would be cut
-        names = {name: name for name in names}
+    names = in_short(job.in_words(keys) for job in jobs)
     points = [
-        _Point(names[job.in_words(keys)], *scores, job.summary.payload_up_bytes)
+        _Point(names[job.in_words(keys)], *scores, job.cost.bytes_per_client)
         for job in jobs
         if job.summary and (scores := job.scores(split))
     ]
@@ -51,9 +49,15 @@ def draw_sweep(jobs: Sequence[Job], keys: Sequence[str]) -> list[Picture]:
     unscored = sum(job.summary is not None for job in jobs) - len(points)
     with house_style():
         pictures = [_before_after(points, keys, unscored=unscored)]
-        if len({point.payload_bytes for point in points}) > 1:
+        if len({point.num_bytes for point in points}) > 1:
             pictures.append(_score_by_bytes(points))
     return pictures
+
+
+def in_short(names: Iterable[str]) -> dict[str, str]:
+    """What a figure shows for each name; the whole of each, where what tells them apart would be cut."""
+    short = {name: shortened(name, MAX_NAME, tail=MAX_NAME // 2) for name in names}
+    return short if len({*short.values()}) == len(short) else {name: name for name in short}
 
 
 def _before_after(points: Sequence[_Point], keys: Sequence[str], *, unscored: int) -> Picture:
@@ -81,29 +85,31 @@ def _before_after(points: Sequence[_Point], keys: Sequence[str], *, unscored: in
 def _score_by_bytes(points: Sequence[_Point]) -> Picture:
     figure, axes = new_axes()
     for point in points:
-        axes.plot(point.payload_bytes, point.after.value, "o", color=BLUE, markersize=7)
-    split, metric, sent = points[0].after.split, points[0].after.metric, [point.payload_bytes for point in points]
+        axes.plot(point.num_bytes, point.after.value, "o", color=BLUE, markersize=7)
+    split, metric, sent = points[0].after.split, points[0].after.metric, [point.num_bytes for point in points]
     if min(sent) > 0 and max(sent) > 20 * min(sent):
         axes.set_xscale("log")
         axes.minorticks_off()
+    else:  # from 0: a large set-up is no small difference
+        axes.set_xlim(0, 1.05 * max(sent))
     bytes_axis(axes.xaxis)
-    axes.set_xlabel("payload up, all clients")
+    axes.set_xlabel("bytes of a client, both ways, with its set-up")
     axes.set_ylabel(f"{split} {metric}")
     percent_axis(axes, metric)
     named = points if len(points) <= MAX_NAMED else _unbeaten(points)[-MAX_NAMED:]
-    keep_apart(figure, [label_at(axes, point.payload_bytes, point.after.value, point.name) for point in named])
-    title = f"{split.capitalize()} score against payload sent"
+    keep_apart(figure, [label_at(axes, point.num_bytes, point.after.value, point.name) for point in named])
+    title = f"{split.capitalize()} score against bytes of a client"
     better = "Down" if points[0].after.lower_is_better else "Up"
-    caption = f"{better} and to the left is better. The set-up of clients is no part of the payload."
+    caption = f"{better} and to the left is better. The bytes are set-up and payload, the mean over clients."
     if len(named) < len(points):
         caption += " Only jobs are named that no other beats with as few bytes."
     return Picture("bytes", title, caption, figure)
 
 
 def _unbeaten(points: Sequence[_Point]) -> list[_Point]:
-    """The points with a better score than all that sent fewer bytes, or as many; by bytes."""
+    """The points with a better score than all of fewer bytes, or as many; by bytes."""
     found: list[_Point] = []
-    for point in sorted(points, key=lambda point: (point.payload_bytes, -point.after.merit)):
+    for point in sorted(points, key=lambda point: (point.num_bytes, -point.after.merit)):
         if not found or point.after.merit > found[-1].after.merit:
             found.append(point)
     return found

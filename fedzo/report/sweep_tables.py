@@ -16,8 +16,10 @@ _SUMS = (
 """Of a run's summary: over rounds and clients."""
 _COLUMNS = (
     *("best_round", "dev_loss", "dev", "test_before", "test_after", "worst_client_last_round", "flagged", "fallback"),
-    *("worst_client_rows", "metric", "test_loss", "test_auc", "num_test", "trained_values"),
-    *("setup_down_bytes_per_client", *_SUMS, "forwards", "prepare_seconds", "round_seconds", "seconds"),
+    *("worst_client_rows", "metric", "test_loss", "test_auc_before", "test_auc"),
+    *("test_best_threshold_accuracy_before", "test_best_threshold_accuracy", "num_test", "trained_values"),
+    *("setup_down_bytes_per_client", "bytes_per_client", *_SUMS),
+    *("forwards", "prepare_seconds", "round_seconds", "seconds"),
 )
 
 
@@ -25,7 +27,7 @@ def job_table(jobs: Sequence[Job], keys: Sequence[str]) -> list[list[str]]:
     """A header and a row for each job, in words."""
     header = [
         *("job", *keys, "state", "best round", "dev loss", "dev", "test before", "test after"),
-        *("worst client (last round)", "flagged", "set-up a client", "payload up, all clients"),
+        *("worst client (last round)", "flagged", "set-up a client", "payload a client, both ways"),
         *("time of rounds", "time, with scores"),
     ]
     rows = [header]
@@ -33,7 +35,7 @@ def job_table(jobs: Sequence[Job], keys: Sequence[str]) -> list[list[str]]:
         row = [job.name, *(job.settings.get(key, "") for key in keys), job.state]
         if job.run and (summary := job.summary):
             dev, test, worst = job.scores("dev"), job.scores("test"), summary.worst_client
-            decision, setup = summary.step_policy, job.run.setup
+            decision, cost = summary.step_policy, job.cost
             row += [
                 "" if dev is None else str(summary.best_round),
                 "" if dev is None or dev[1].loss is None else f"{dev[1].loss:.3f}",
@@ -41,9 +43,9 @@ def job_table(jobs: Sequence[Job], keys: Sequence[str]) -> list[list[str]]:
                 *([score_text(score.metric, score.value) for score in test] if test else ("", "")),
                 "" if worst is None else score_text(worst.metric, worst.value),
                 flagged_text(_flagged(decision), fallback=decision.fallback) if decision else "",
-                bytes_text(setup.setup_down_bytes if setup else None),
-                bytes_text(summary.payload_up_bytes),
-                seconds_text(job.run.round_seconds),
+                bytes_text(cost.setup_bytes),
+                bytes_text(cost.payload_bytes),
+                seconds_text(cost.seconds),
                 seconds_text(job.run.seconds),
             ]
         rows.append(row + [""] * (len(header) - len(row)))
@@ -53,10 +55,11 @@ def job_table(jobs: Sequence[Job], keys: Sequence[str]) -> list[list[str]]:
 def job_numbers(jobs: Sequence[Job], keys: Sequence[str]) -> list[list[object]]:
     """A header and a row for each job, in numbers as they were measured; None for what is not known.
 
-    What an evaluator reports beside its value, on the test rows at the best round, has a column a name at the end. If
-    there is a column of this name already, the number stands in it where it is empty otherwise.
+    What the first evaluator reports beside its value, on the test rows at the best round, has a column a name at the
+    end, and so has the value of each other evaluator. If there is a column of this name already, the number stands in
+    it where it is empty otherwise.
     """
-    tested = [scores[1].numbers if (scores := job.scores("test")) else {} for job in jobs]
+    tested = [_beside(job) for job in jobs]
     columns = [*dict.fromkeys((*_COLUMNS, *(f"test_{name}" for numbers in tested for name in numbers)))]
     rows: list[list[object]] = [["job", *keys, "state", *columns]]
     for job, beside in zip(jobs, tested, strict=True):
@@ -69,11 +72,19 @@ def job_numbers(jobs: Sequence[Job], keys: Sequence[str]) -> list[list[object]]:
     return rows
 
 
+def _beside(job: Job) -> dict[str, float]:
+    """What evaluators found on the test rows of a finished job at its best round, beside the value of the first."""
+    if job.run is None or job.summary is None:
+        return {}
+    found = {scored.evaluator: after.value for scored in job.run.scored[1:] if (after := scored.test[1])}
+    return found | (scores[1].numbers if (scores := job.scores("test")) else {})
+
+
 def _numbers(job: Job, run: RunData, summary: Summary) -> dict[str, object]:
     """The columns of a finished job, by name."""
     _, dev = job.scores("dev") or (None, None)
     before, after = job.scores("test") or (None, None)
-    setup, worst, decision = run.setup, summary.worst_client, summary.step_policy
+    setup, cost, worst, decision = run.setup, job.cost, summary.worst_client, summary.step_policy
     measured = after or dev
     return {
         "best_round": summary.best_round if dev else None,
@@ -87,14 +98,18 @@ def _numbers(job: Job, run: RunData, summary: Summary) -> dict[str, object]:
         "fallback": decision.fallback if decision else None,
         "metric": measured.metric if measured else None,
         "test_loss": after.loss if after else None,
+        "test_auc_before": before.auc if before else None,
         "test_auc": after.auc if after else None,
+        "test_best_threshold_accuracy_before": before.best_threshold_accuracy if before else None,
+        "test_best_threshold_accuracy": after.best_threshold_accuracy if after else None,
         "num_test": after.num_examples if after else None,
         "trained_values": setup.space_size if setup else None,
         "setup_down_bytes_per_client": setup.setup_down_bytes if setup else None,
+        "bytes_per_client": cost.bytes_per_client,
         **{name: getattr(summary, name) for name in _SUMS},
-        "forwards": run.forwards,
+        "forwards": cost.forwards,
         "prepare_seconds": setup.prepare_seconds if setup else None,
-        "round_seconds": run.round_seconds,
+        "round_seconds": cost.seconds,
         "seconds": run.seconds,
     }
 

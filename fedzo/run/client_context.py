@@ -14,16 +14,17 @@ from fedzo.data.files import Row
 from fedzo.data.preprocess import Progress, StageContext
 from fedzo.data.rows import OwnRows, client_rows
 from fedzo.data.tasks import num_labels
-from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
+from fedzo.fl.client.local_update import Batches, LocalUpdate
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.client.vector_update import VectorUpdate
 from fedzo.fl.client.worker import ClientData, ClientWorker
 from fedzo.fl.config import Transport
 from fedzo.fl.limits import Limits
 from fedzo.fl.messages import Identity
+from fedzo.fl.replica import Workspace
 from fedzo.fl.site_limits import check_rows
 from fedzo.run.peer import Peer
-from fedzo.run.preparation import Preparations
+from fedzo.run.staging import Staging
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 from fedzo.zo.estimator import ZerothOrderConfig, build_estimator, build_gradient_estimator
 
@@ -41,7 +42,7 @@ class ClientContext:
 
     process: Process
     _registered: dict[int, str] = field(default_factory=dict)  # by client, the digest of the rows that it goes on with
-    _prepared_digests: dict[int, str] = field(default_factory=dict)
+    _staged_digests: dict[int, str] = field(default_factory=dict)
     _data: dict[int, ClientData] = field(default_factory=dict)
     _first_rows: list[Row] = field(default_factory=list)
 
@@ -58,13 +59,13 @@ class ClientContext:
     @cached_property
     def worker(self) -> ClientWorker:
         """Answers for the clients."""
-        peer, run = self.peer, self.peer.config
+        peer, process, run = self.peer, self.process, self.peer.config
         limits = Limits(
             run=run,
             site=peer.site,
             # of actors, another one may have asked for them
-            takes_values=run.fl.transport is Transport.values or run.estimator.sends_vectors or self.process.to_the_end,
-            kept=self.process.kept if self._is_one_client else None,
+            takes_values=run.fl.transport is Transport.values or run.estimator.sends_vectors or not process.asked_again,
+            kept=process.kept if self._is_one_client else None,
         )
         return ClientWorker(
             config_hash(run),
@@ -72,7 +73,7 @@ class ClientContext:
             self,
             limits=limits,
             evaluators=peer.evaluators,
-            artifacts=ArtifactStore(self.process.artifacts),
+            artifacts=ArtifactStore(process.artifacts),
         )
 
     @property
@@ -91,7 +92,7 @@ class ClientContext:
     def data(self, client: int) -> ClientData:
         """A client's rows as token ids; read once."""
         if client not in self._data:
-            config, rows = self.peer.config, self.preparations.rows(client)
+            config, rows = self.peer.config, self.staging.rows(client)
             train, heldout = self.peer.encode(rows.train), self.peer.encode(rows.heldout)
             counts = rows.label_counts(config.task) if config.fl.label_counts else {}
             if not self._data:
@@ -105,22 +106,22 @@ class ClientContext:
         Those that stages work on stay as they are, and registered.
         """
         self._data.clear()
-        self._prepared_digests.clear()
-        self.preparations.forget()
-        self._registered = {k: each for k, each in self._registered.items() if self.preparations.is_known(k)}
+        self._staged_digests.clear()
+        self.staging.forget()
+        self._registered = {k: each for k, each in self._registered.items() if self.staging.is_known(k)}
 
     @cached_property
-    def preparations(self) -> Preparations:
+    def staging(self) -> Staging:
         """What brings the clients' rows through the stages."""
         config, rewriter, process = self.peer.config, self.peer.site.rewriter, self.process
         folder = Path(rewriter.store) if rewriter.store else process.site_folder / STAGE_FOLDER
         context = StageContext(config.task, rewriter, folder)
-        return Preparations(config, process.source, context, to_the_end=process.to_the_end)
+        return Staging(config, process.source, context, asked_again=process.asked_again)
 
     def stop(self) -> None:
         """Let stages that work on clients' rows end, and let go of the worker, which holds this in its turn."""
-        if "preparations" in vars(self):
-            self.preparations.stop()
+        if "staging" in vars(self):
+            self.staging.stop()
         vars(self).pop("worker", None)
 
     def register(self, client: int, *, begun: bool) -> str | Progress:
@@ -128,12 +129,12 @@ class ClientContext:
         if not self.peer.config.preprocess:
             is_held = client in self._data and client in self._registered
             return self._registered[client] if is_held else self._rows_digest(client, begun)
-        if not self.preparations.is_known(client):
+        if not self.staging.is_known(client):
             self._rows_digest(client, begun)  # no hours are spent on rows that are not the run's,
             self._check_rows(client)  # and no progress is told of rows that the site does not tell of
-        if progress := self.prepare(client, begun=begun):
+        if progress := self.progress(client, begun=begun):
             return progress
-        both = self._registered[client] + self._prepared_digests[client]
+        both = self._registered[client] + self._staged_digests[client]
         return blake2b(both.encode(), digest_size=32).hexdigest()
 
     def _check_rows(self, client: int) -> None:
@@ -147,18 +148,18 @@ class ClientContext:
             num_labels=num_labels(config.task),
         )
 
-    def prepare(self, client: int, *, begun: bool = True) -> Progress | None:
+    def progress(self, client: int, *, begun: bool = True) -> Progress | None:
         """How far the stages are; rows, and what stages make of them, must be those with which the run began."""
         if client not in self._registered:  # a process that was started again within a run
             self._rows_digest(client, begun)
-        if progress := self.preparations.look(client):
+        if progress := self.staging.look(client):
             return progress
-        if (stages := [*self.peer.config.preprocess]) and client not in self._prepared_digests:
-            self._prepared_digests[client] = self._rows_digest(client, begun, stages=stages)
+        if (stages := [*self.peer.config.preprocess]) and client not in self._staged_digests:
+            self._staged_digests[client] = self._rows_digest(client, begun, stages=stages)
         return None
 
     def _rows_digest(self, client: int, begun: bool, *, stages: Sequence[str] = ()) -> str:
-        rows = self.preparations.rows(client).train if stages else self.process.source.rows_for(client)
+        rows = self.staging.rows(client).train if stages else self.process.source.rows_for(client)
         digest = self.process.kept.register(rows, whose=f"client {client}", begun=begun, stages=stages)
         if not stages:
             self._registered[client] = digest

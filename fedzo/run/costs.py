@@ -12,7 +12,7 @@ import torch
 
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
-from fedzo.fl.client.local_update import Workspace
+from fedzo.fl.replica import Workspace
 from fedzo.models.available import available_memory_bytes, held_bytes, mapped_bytes
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import resolve_device

@@ -20,11 +20,11 @@ from fedzo.data.config import TaskKind
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_store import RunStore, best_dev_score, best_round
+from fedzo.fl.server.aggregator import Aggregator
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
-from fedzo.fl.server.scalar_updates import ScalarUpdates
-from fedzo.fl.server.updates import Updates
-from fedzo.fl.server.vector_updates import VectorUpdates
+from fedzo.fl.server.scalar_aggregator import ScalarAggregator
+from fedzo.fl.server.vector_aggregator import VectorAggregator
 from fedzo.models.memory import gradient_bytes, num_weights
 from fedzo.records.folder import METRICS, REPORT, STOP
 from fedzo.records.lines import RESTORE
@@ -69,9 +69,7 @@ def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
     process = this_process(run_json, artifacts=run_dir / ARTIFACTS)
     launched = process.launched
     if launched is None or launched.store is None:
-        raise ConfigError(
-            "run: its launcher must have prepared it and opened its logs, but has not. Use `fedzo train`."
-        )
+        raise ConfigError("run: its launcher must have opened it and its logs, but has not. Use `fedzo train`.")
     with ExitStack() as stack:
         Federation(grid, process, launched, launched.store, stack).run()
     if launched.config.report.html or (run_dir / REPORT).exists():  # `fedzo report` has made one, which would be stale
@@ -86,7 +84,6 @@ class Federation:
     def __init__(self, grid: Any, process: Process, launched: Launched, store: RunStore, stack: ExitStack) -> None:
         context, config = process.server, process.peer.config
         self._context = context
-        self._to_the_end = process.to_the_end
         self._launched = launched
         self._config = config
         self._store = store
@@ -98,7 +95,6 @@ class Federation:
             completed=len(store.records),
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
             evaluator=config.first_evaluator,
-            has_dev=best_dev_score(store, config) is not None,
             payload="vectors" if config.estimator.sends_vectors else "scalars",
             enabled=launched.config.report.progress,
         )
@@ -123,7 +119,7 @@ class Federation:
         self._context.check_rows(begun=setup is not None)
         # where one process plays all clients, one that is missing was lost on this very machine
         fewest = config.strategy.min_replies if setup and not self._launched.runtime.takes_turns else None
-        waits = math.inf if self._to_the_end and config.preprocess else config.strategy.startup_s
+        waits = math.inf if config.preprocess and not self._context.process.asked_again else config.strategy.startup_s
         # sites outlive a start, and may still work on a round that the one before has lost
         busy_s = config.strategy.deadline_s if self._launched.runtime.has_sites else 0.0
         server.client_registry.wait(
@@ -191,7 +187,7 @@ class Federation:
             store=self._store,
             artifact=artifact,
             config=self._server_config(),
-            updates=self._updates(),
+            aggregator=self._aggregator(),
             step_policy=context.step_policy,
             label_counts=context.label_counts,
             sink=self._sinks,
@@ -206,11 +202,11 @@ class Federation:
         endless = replace(config.strategy, deadline_s=math.inf)
         return replace(config, strategy=endless) if self._launched.runtime.takes_turns else config
 
-    def _updates(self) -> Updates[Any]:
-        config, replica = self._config, self._workspace.replica
+    def _aggregator(self) -> Aggregator[Any]:
+        config, space = self._config, self._workspace.replica.space
         if config.estimator.sends_vectors:
-            return VectorUpdates(replica.space.size, config)
-        return ScalarUpdates(replica, config, self._launched.prepared.gradient)
+            return VectorAggregator(space.size, config)
+        return ScalarAggregator(space.distribution, config, self._launched.prepared.gradient)
 
     def _write_setup(self) -> None:
         if self._setup():
@@ -246,7 +242,7 @@ class Federation:
         if self._config.evaluation.central:
             for split in ("dev", "test"):
                 examples = self._context.examples(split)
-                rows[split] = sum(example.cut for example in examples), len(examples)
+                rows[split] = sum(example.scored_cut for example in examples), len(examples)
         return {split: (cut, whole) for split, (cut, whole) in rows.items() if whole}
 
     def _setup(self) -> Setup | None:
@@ -301,7 +297,7 @@ class Federation:
                 after=self._scores.find("test", best, evaluator=first),
                 worst_client=self._scores.worst_client(evaluator=first),
                 step_policy=self._flagged(),
-                final_digest=self._store.rounds[-1].digest,
+                final_digest=self._store.public[-1].digest,
                 dropped_probes=_total(self._store, "dropped_probes"),
                 payload_up_bytes=_total(self._store, "payload_up_bytes"),
                 payload_down_bytes=_total(self._store, "payload_down_bytes"),
@@ -309,6 +305,7 @@ class Federation:
                 message_down_bytes=_total(self._store, "message_down_bytes"),
                 wire_up_bytes=_total(self._store, "wire_up_bytes") or None,
                 wire_down_bytes=_total(self._store, "wire_down_bytes") or None,
+                dev=best_dev_score(self._store, self._config),
             )
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,14 +19,12 @@ from fedzo.data.config import TaskKind
 from fedzo.data.encode import Example, encode, row_name
 from fedzo.data.files import Row
 from fedzo.data.tasks import render
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, refuse
 from fedzo.evaluate import EVALUATORS, Evaluator
-from fedzo.fl.client.local_update import Workspace
-from fedzo.fl.replica import Replica
-from fedzo.models.attention import repeat_keys
+from fedzo.fl.replica import Replica, Workspace
 from fedzo.models.auto_dtype import NUM_DIRECTIONS, Trial, choose_dtype, coarseness_warning, try_out
 from fedzo.models.available import available_memory_bytes
-from fedzo.models.captured import can_capture, capture
+from fedzo.models.captured import NUM_EAGER, can_capture, capture
 from fedzo.models.checks import check_ids
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.forwards import Planning, lower_layers_of
@@ -184,6 +183,7 @@ class Peer:
         if isinstance(estimator, ZerothOrderConfig):
             if self.site.model.dtype is DType.auto and trial is not None:
                 built = self._choose_dtype(built, artifact, trial, estimator)
+                gc.collect()  # what was not chosen may be in reference cycles, and memory is measured next
         elif not isinstance(built.space, DifferentiableSpace):
             trainer, name = plugin_name("trainer", config.trainer), plugin_name("estimator", estimator)
             raise ConfigError(
@@ -217,14 +217,20 @@ class Peer:
             return wide
         task, estimator, examples = self.config.task, build_estimator(settings), self.encode(rows)
         keys = [stream_key(self.config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
-        planning = Planning(self.site.model.tokens_per_batch)
+        planning, site = Planning(self.site.model.tokens_per_batch), replace(self.site.model, reuse_lower_layers=False)
 
         def trial(name: str, loaded: LoadedModel, built: Built) -> Trial | None:
-            def loss_fn() -> float:
-                losses = example_losses(loaded, examples, planning, loss=task.loss, common_shift=task.common_shift)
-                return float(losses.mean())
+            def timed() -> Trial:
+                # as graphs, where the run has them: an eager forward may take the start of its kernels, in any dtype
+                ours, _ = faster_forwards(loaded, built.space, site, settings, longest=task.max_length)
 
-            return _tried(name, lambda: try_out(built.space, estimator, loss_fn, keys))
+                def loss_fn() -> float:
+                    losses = example_losses(ours, examples, planning, loss=task.loss, common_shift=task.common_shift)
+                    return float(losses.mean())
+
+                return try_out(built.space, estimator, loss_fn, keys, 1 if ours is loaded else NUM_EAGER)
+
+            return _tried(name, timed)
 
         if (float32 := trial(DType.float32, self.loaded, wide)) is None:
             return wide
@@ -263,9 +269,9 @@ class Peer:
             return None
         narrower = replace(self.site.model, dtype=DType.bfloat16)
         loaded = load_model(narrower, device=self.site.device, max_length=self.config.task.max_length)
-        narrow, base = self._build(loaded, artifact), space.values()
-        narrow.space.load(base)
-        return loaded, replace(narrow, reset=lambda: narrow.space.load(base))
+        narrow = self._build(loaded, artifact)
+        narrow.space.load(space.values())
+        return loaded, Built.of(narrow.space, narrow.save)
 
 
 def _tried(name: str, work: Callable[[], T]) -> T | None:
@@ -304,9 +310,7 @@ def check_format(config: RunSettings, loaded: LoadedModel) -> None:
         ConfigError: A sketch or packed weights where dense ones are trained, or dense ones where tables are.
     """
     packed_as, name = loaded.packed_as, loaded.source
-    problems = format_problems(config, is_sketch=loaded.is_sketch, packed_as=packed_as, name=name)
-    if texts := [problem.text for problem in problems]:
-        raise ConfigError("; ".join(texts))
+    refuse(format_problems(config, is_sketch=loaded.is_sketch, packed_as=packed_as, name=name))
 
 
 def open_model(site: SiteConfig, max_length: int) -> LoadedModel:
@@ -318,7 +322,4 @@ def open_model(site: SiteConfig, max_length: int) -> LoadedModel:
 def set_up_process(threads: int, device: str) -> None:
     """What the speed and the last bits of a forward depend on: threads (0: as many as fit), and whose kernels run."""
     use_threads(threads)
-    where = resolve_device(device)
-    choose_product(where)
-    if where.type == "cuda":
-        repeat_keys()
+    choose_product(resolve_device(device))

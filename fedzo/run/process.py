@@ -19,7 +19,7 @@ from fedzo.config.travel import config_hash, from_json, load_site, to_json
 from fedzo.data.encode import task_digest
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
-from fedzo.errors import ConfigError, printable
+from fedzo.errors import ConfigError, printable, refuse
 from fedzo.fl.client.worker import part
 from fedzo.fl.messages import Identity, Refusal
 from fedzo.fl.site_limits import SiteError, check_base, check_run
@@ -46,7 +46,7 @@ class Process:
         site_folder: Where this machine keeps what it must remember of a run.
         artifacts: Folder of artifacts that clients have or receive.
         launched: What this process knows of a run that it launched.
-        to_the_end: Whether greetings of clients wait until the clients' rows are prepared.
+        asked_again: Whether a client that is asked again is asked here. Else a greeting waits until its rows are ready.
     """
 
     peer: Peer
@@ -54,7 +54,7 @@ class Process:
     site_folder: Path
     artifacts: Path
     launched: Launched | None = None
-    to_the_end: bool = False
+    asked_again: bool = True
 
     @property
     def kept(self) -> KeptDigests:
@@ -102,7 +102,7 @@ def open_process(
     site_folder: Path,
     artifacts: Path,
     plays_clients: bool = False,
-    to_the_end: bool = False,
+    asked_again: bool = True,
     load: Callable[[SiteConfig, int], LoadedModel] = open_model,
 ) -> Process:
     """Load this site's model for a run; rows are read when they are first asked for.
@@ -113,7 +113,7 @@ def open_process(
         site_folder: As of ``Process``.
         artifacts: As of ``Process``.
         plays_clients: Whether it needs rows.
-        to_the_end: As of ``Process``.
+        asked_again: As of ``Process``.
         load: Gives the site's model, for texts of at most so many tokens.
 
     Raises:
@@ -124,12 +124,11 @@ def open_process(
     if plays_clients and (lacks := [problem.text for problem in stage_problems(site, run)]):
         raise SiteError(Refusal.stage, "; ".join(lacks))
     rows = rows_problems(site, run) if plays_clients else ()
-    if texts := [problem.text for problem in (*site_problems(site, run), *rows)]:
-        raise ConfigError("; ".join(texts))
+    refuse((*site_problems(site, run), *rows))
     loaded = load(site, run.task.max_length)
     check_base(site.limits, loaded.base_digest, whose=f"the model {site.model.name}")
     check_format(run, loaded)
-    return Process(Peer(run, site, loaded), row_source(run, site), site_folder, artifacts, to_the_end=to_the_end)
+    return Process(Peer(run, site, loaded), row_source(run, site), site_folder, artifacts, asked_again=asked_again)
 
 
 def row_source(run: RunSettings, site: SiteConfig) -> RowSource:
@@ -192,7 +191,7 @@ def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Pat
             site_folder=file.parent,
             artifacts=artifacts or Path(own or file.parent / ARTIFACTS),
             plays_clients=True,
-            to_the_end=artifacts is not None,  # an actor: the client's next greeting may reach another one
+            asked_again=artifacts is None,  # else an actor: the client's next greeting may reach another one
             load=_model.open,
         )
         if own:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fedzo.data.encode import Example
 from fedzo.errors import FedzoError, ProtocolError, printable
 from fedzo.evaluate import evaluate, merge_scores, scores_of_peer
-from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.clip import LARGE_LOSS, far_off
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.log_store import RunStore
+from fedzo.fl.replica import Workspace
 from fedzo.fl.server.rounds import Server, Sink
 from fedzo.records.metrics import CentralScore, ClientScore, FederatedScore, Split, WorstClient
 from fedzo.records.scores import PartialScore

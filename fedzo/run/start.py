@@ -14,18 +14,18 @@ from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings
 from fedzo.config.travel import from_json, to_json
 from fedzo.data.rows import RowSource, SimulatedRows
-from fedzo.errors import ConfigError, RunFolderError, shell
+from fedzo.errors import ConfigError, shell
 from fedzo.fl.log_store import RunStore
 from fedzo.models.config import BaseConfig
 from fedzo.models.loaded import LoadedModel
-from fedzo.records.folder import RUN_FILE, raised_as, read_file, replace_file
-from fedzo.records.lines import RESTORE
+from fedzo.records.folder import RUN_FILE
+from fedzo.records.texts import read_text, write_whole
 from fedzo.registry import returned
 from fedzo.report.sinks import phase
 from fedzo.run.peer import Peer, check_format, open_model
 from fedzo.run.process import Process, row_source
 from fedzo.run.server_context import Launched
-from fedzo.trainers import TRAINERS, Prepared, Workplace
+from fedzo.trainers import TRAINERS, Prepared, TrainerContext
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact
 
 
@@ -59,19 +59,8 @@ def open_run(launch: LaunchConfig, run_dir: Path, store: RunStore | None = None)
         site_folder=run_dir,
         artifacts=run_dir / ARTIFACTS,
         launched=Launched(launch, prepared, store, prepare_seconds),
-        to_the_end=not launch.runtime.traits.own_processes,
+        asked_again=launch.runtime.traits.own_processes,
     )
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file of a run folder to the disk: all of it, or what was there stays. One that says so is left alone.
-
-    Raises:
-        RunFolderError: It cannot be written, or is a link.
-    """
-    with raised_as(RunFolderError, f"run folder {file.parent}: {file.name} must be writable", "Choose another folder."):
-        if not (file.exists() and read_file(file.parent, file.name) == text.encode()):
-            replace_file(file, text, durable=True)
 
 
 def check_base(run: RunConfig, loaded: LoadedModel, run_dir: Path) -> None:
@@ -108,22 +97,6 @@ def read_begun(run_dir: Path) -> RunConfig:
         raise ConfigError(f"{run_dir / RUN_FILE}: {error}") from error
 
 
-def read_text(run_dir: Path, name: str, remedy: str) -> str:
-    """The text of a file that every run folder has; ``remedy``: what to do where it is missing.
-
-    Raises:
-        RunFolderError: It is missing, a link, or cannot be read.
-    """
-    rule = f"{run_dir / name}: it must be a readable text"
-    with raised_as(RunFolderError, rule, RESTORE):
-        try:
-            return read_file(run_dir, name).decode()
-        except FileNotFoundError as error:
-            raise RunFolderError(f"{run_dir}: not a run folder (no {name}). {remedy}") from error
-        except UnicodeDecodeError as error:
-            raise RunFolderError(f"{rule}, got 'other bytes'. {RESTORE}") from error
-
-
 def _check_settings(begun: RunConfig, launch: LaunchConfig, run_dir: Path) -> None:
     names = [each.name for each in fields(RunSettings) if getattr(begun, each.name) != getattr(launch, each.name)]
     if names:
@@ -151,7 +124,7 @@ def calibration_texts(source: RowSource) -> list[str]:
 def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_dir: Path, *, resumed: bool) -> Prepared:
     title = f"preparing {plugin_name('trainer', launch.trainer)}"
     with phase(title, enabled=launch.report.progress) as advance:
-        workplace = Workplace(
+        context = TrainerContext(
             folder=run_dir,
             seed=launch.seed,
             texts=partial(calibration_texts, source),
@@ -160,7 +133,7 @@ def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_d
             resumed=resumed,
         )
         trainer = TRAINERS.build(launch.trainer)
-        return returned(trainer.prepare(loaded, workplace), Prepared, by=trainer, method="prepare")
+        return returned(trainer.prepare(loaded, context), Prepared, by=trainer, method="prepare")
 
 
 def _base_of(launch: LaunchConfig, loaded: LoadedModel) -> BaseConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from fedzo.errors import Problem, at_least, not_negative, positive, problem
-from fedzo.fl.config import Seeds
+from fedzo.fl.config import Directions
 from fedzo.registry import PluginConfig, Registry
 from fedzo.system import package_version
 
@@ -30,7 +30,7 @@ class RuntimeTraits:
             deadline applies.
         joins_forwards: Whether the clients of a round share forwards.
         server_process: Whether the server is a process of its own, which opens the run, and not this one.
-        own_processes: Whether each client has a process of its own, which answers while it prepares rows.
+        own_processes: Whether each client has a process of its own, which answers while stages work on its rows.
         has_sites: Whether clients are sites of their own, so that this machine needs no rows.
         startup_s: How long a server in a process of its own waits for its SuperLink.
     """
@@ -79,9 +79,9 @@ class InlineConfig(RuntimeConfig):
         return RuntimeTraits(takes_turns=True, joins_forwards=self.batch_clients)
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
-        if self.batch_clients and run.fl.seeds is not Seeds.shared:
+        if self.batch_clients and run.fl.directions is not Directions.shared:
             remedy = "Clients with directions of their own cannot share a forward."
-            yield problem("runtime.batch_clients", f"be false for fl.seeds={run.fl.seeds}", True, remedy)
+            yield problem("runtime.batch_clients", f"be false for fl.directions={run.fl.directions}", True, remedy)
 
 
 @RUNTIMES.register("inline", InlineConfig)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedzo.sketch.linear import SketchLinear, sketched_linear
+from fedzo.system import on_device
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.base import RowWeights
 from fedzo.zo.spaces.dense import DenseSpace
@@ -49,7 +50,7 @@ class OwnTables:
         ends = np.cumsum([layer.tables.numel() for layer in layers]).tolist()
         self._places = list(zip([0, *ends[:-1]], ends, strict=True))
         self._offsets: list[torch.Tensor] = []
-        self._rows: list[torch.Tensor] = []
+        self._rows: Sequence[torch.Tensor] = ()
         self._num_rows = 0
 
     def __enter__(self) -> OwnTables:
@@ -69,12 +70,10 @@ class OwnTables:
             offsets: float32 [n] each, on the tables' device; those of the rows before are let go first.
             index: Integers [B].
         """
-        device = self._layers[0].tables.device
         self._offsets = []
         self._offsets.extend(offsets)
-        self._rows = [
-            torch.from_numpy(np.flatnonzero(index == owner)).to(device) for owner in range(len(self._offsets))
-        ]
+        by_owner = on_device(np.argsort(index, kind="stable"), self._layers[0].tables.device)
+        self._rows = torch.split(by_owner, np.bincount(index, minlength=len(self._offsets)).tolist())
         self._num_rows = len(index)
 
     def _product(self, layer: SketchLinear, x: torch.Tensor, start: int, end: int) -> torch.Tensor:

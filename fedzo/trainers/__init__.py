@@ -8,8 +8,8 @@ from fedzo.trainers.base import (
     Prepared,
     Trainer,
     TrainerConfig,
+    TrainerContext,
     TrainerTraits,
-    Workplace,
     named_with,
 )
 
@@ -25,7 +25,7 @@ __all__ = [
     "Prepared",
     "Trainer",
     "TrainerConfig",
+    "TrainerContext",
     "TrainerTraits",
-    "Workplace",
     "named_with",
 ]

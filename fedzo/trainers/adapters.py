@@ -19,7 +19,7 @@ from torch import nn
 
 from fedzo.errors import ConfigError, Problem, at_least, not_negative
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerConfig, TrainerTraits, Workplace
+from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerConfig, TrainerContext, TrainerTraits
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import PURPOSE_INIT, gaussians, stream_key
 from fedzo.zo.spaces.dense import DenseSpace
@@ -55,9 +55,9 @@ class AdapterTrainer:
     configure: Callable[[nn.Module], peft.PeftConfig]
     law: Callable[[str, nn.Parameter], Law]
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
         """The run seed, 8 bytes: all that the initial values depend on."""
-        return Prepared(workplace.artifacts.put(workplace.seed.to_bytes(8, "little")))
+        return Prepared(context.artifacts.put(context.seed.to_bytes(8, "little")))
 
     def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """The adapter on ``loaded.model``, in place of an earlier one, at its initial values."""
@@ -71,14 +71,13 @@ class AdapterTrainer:
         peft_model.requires_grad_(False)
         space = DenseSpace([parameter for _, parameter in named], distribution=distribution)
         laws = [(self.law(name, parameter), parameter.numel()) for name, parameter in named]
-        base = _initial_values(laws, seed=int.from_bytes(artifact.read(), "little"))
-        space.load(base)
+        space.load(_initial_values(laws, seed=int.from_bytes(artifact.read(), "little")))
 
         def save(folder: Path) -> None:
             # False: no look at the hub for whether the embeddings have grown; they are frozen
             peft_model.save_pretrained(str(folder), save_embedding_layers=False)
 
-        return Built(space, lambda: space.load(base), save)
+        return Built.of(space, save)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -113,7 +113,7 @@ class LayeredConfig(TrainerConfig):
 
 
 @dataclass(frozen=True, slots=True)
-class Workplace:
+class TrainerContext:
     """What a trainer may use to prepare itself on the server.
 
     Attributes:
@@ -143,7 +143,7 @@ class Prepared:
     """What a trainer made on the server before the first round.
 
     Attributes:
-        artifact: What a client needs beside the model to build the space, kept with ``Workplace.artifacts``.
+        artifact: What a client needs beside the model to build the space, kept with ``TrainerContext.artifacts``.
         gradient: A gradient of the trained values, float32 [n] in wire order on the CPU, with which the server compares
             every local step (GradIP, ``fedzo.zo.virtual_path``). It stays on the server. None where there is none.
     """
@@ -166,11 +166,17 @@ class Built:
     reset: Callable[[], None]
     save: Callable[[Path], None] | None = None
 
+    @classmethod
+    def of(cls, space: Space, save: Callable[[Path], None] | None = None) -> Built:
+        """A space at its base values, which are remembered: the reset puts them back."""
+        base = space.values()
+        return cls(space, lambda: space.load(base), save)
+
 
 class Trainer(Protocol):
     """What a trainer plugin offers."""
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
         """Once, on the server: what clients need beside the model, and what the server keeps."""
         ...
 

@@ -20,7 +20,7 @@ from fedzo.data.files import read_texts
 from fedzo.errors import ConfigError, Problem, at_least, problem
 from fedzo.masks.calibration import windows_from_texts
 from fedzo.models.checks import check_ids, num_positions
-from fedzo.trainers.base import InputsConfig, LayeredConfig, Workplace
+from fedzo.trainers.base import InputsConfig, LayeredConfig, TrainerContext
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -70,7 +70,7 @@ class CalibratedConfig(LayeredConfig):
             yield problem("trainer.calibration", rule, "train", "Choose another text.")
 
 
-def calibration_windows(config: CalibratedConfig, loaded: LoadedModel, workplace: Workplace) -> list[torch.Tensor]:
+def calibration_windows(config: CalibratedConfig, loaded: LoadedModel, context: TrainerContext) -> list[torch.Tensor]:
     """Token ids, int64 [calibration_tokens], one window of each document.
 
     Raises:
@@ -90,18 +90,18 @@ def calibration_windows(config: CalibratedConfig, loaded: LoadedModel, workplace
         return ids
 
     return windows_from_texts(
-        _texts(config, workplace),
+        _texts(config, context),
         tokenize=tokenize,
         num_docs=config.calibration_docs,
         num_tokens=config.calibration_tokens,
-        seed=workplace.seed,
+        seed=context.seed,
         opening=opening(loaded.tokenizer),
     )
 
 
-def _texts(config: CalibratedConfig, workplace: Workplace) -> list[str]:
+def _texts(config: CalibratedConfig, context: TrainerContext) -> list[str]:
     if config.calibration is CalibrationSource.imdb:
         return imdb_texts()
     if config.calibration is CalibrationSource.train:
-        return workplace.texts()
-    return read_texts(Path(workplace.inputs.calibration or ""))
+        return context.texts()
+    return read_texts(Path(context.inputs.calibration or ""))

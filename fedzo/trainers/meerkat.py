@@ -24,7 +24,7 @@ from fedzo.models.available import available_memory_bytes
 from fedzo.models.blocks import parameters_from
 from fedzo.models.memory import calibration_memory_bytes
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerConfig, TrainerTraits, Workplace
+from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerConfig, TrainerContext, TrainerTraits
 from fedzo.trainers.calibration import CalibratedConfig, CalibrationSource, calibration_windows
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
@@ -111,12 +111,12 @@ class Meerkat:
 
     config: MeerkatConfig
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
         """The mask's indices and its gradient: from the run folder, from ``inputs.artifact``, or chosen now."""
-        kept, given = workplace.folder / MASK_FILE, workplace.inputs.artifact
-        is_kept = workplace.resumed and kept.exists()
+        kept, given = context.folder / MASK_FILE, context.inputs.artifact
+        is_kept = context.resumed and kept.exists()
         file = kept if is_kept else given
-        mask = load_mask(Path(file)) if file else choose_mask(self.config, loaded, workplace)
+        mask = load_mask(Path(file)) if file else choose_mask(self.config, loaded, context)
         check_fits(mask, loaded.model)
         if not is_kept:
             if (base := mask.manifest.get("base_digest")) not in (None, loaded.base_digest):
@@ -129,22 +129,20 @@ class Meerkat:
                 )
             save_mask(mask, kept)
         gradient = None if mask.gradient is None else torch.cat(list(mask.gradient.values()))
-        return Prepared(workplace.artifacts.put(encode_mask(mask)), gradient)
+        return Prepared(context.artifacts.put(encode_mask(mask)), gradient)
 
     def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """The masked space over ``loaded.model``; its base values are kept for the way back."""
         mask = load_mask(artifact.path)
         check_fits(mask, loaded.model)
-        space = MaskedSpace(loaded.model, mask.indices, distribution=distribution)
-        base = space.values()
-        return Built(space, lambda: space.load(base))
+        return Built.of(MaskedSpace(loaded.model, mask.indices, distribution=distribution))
 
 
-def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace) -> Mask:
+def choose_mask(config: MeerkatConfig, loaded: LoadedModel, context: TrainerContext) -> Mask:
     """Choose a mask as the configuration says, of what a text passes."""
     windows, memory_bytes, host = [], math.inf, available_memory_bytes(torch.device("cpu"))
     if config.selector is Selector.sensitivity:
-        windows = calibration_windows(config, loaded, workplace)
+        windows = calibration_windows(config, loaded, context)
         memory_bytes = calibration_memory_bytes(
             loaded.model,
             num_tokens=config.calibration_tokens,
@@ -156,8 +154,8 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
         selector=config.selector,
         granularity=config.granularity,
         windows=windows,
-        seed=workplace.seed,
-        on_window=workplace.advance,
+        seed=context.seed,
+        on_window=context.advance,
         base_digest=loaded.base_digest,
         among=parameters_from(loaded.model, config.first_layer),
         memory_bytes=memory_bytes,

@@ -12,7 +12,7 @@ from fedzo.models.available import available_memory_bytes
 from fedzo.models.blocks import parameters_from
 from fedzo.models.memory import weights_bytes
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerTraits, Workplace
+from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerContext, TrainerTraits
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.rounding import is_rounded
 from fedzo.zo.spaces.full import FullSpace
@@ -52,7 +52,7 @@ class Mezo:
 
     config: MezoConfig
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
         """Nothing beside the model is needed."""
         return Prepared()
 

@@ -9,7 +9,7 @@ import torch
 
 from fedzo.models.blocks import norms_from
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerTraits, Workplace
+from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerContext, TrainerTraits
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
 
@@ -39,7 +39,7 @@ class Norms:
 
     config: NormsConfig
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
         """Nothing beside the model is needed."""
         return Prepared()
 
@@ -47,6 +47,4 @@ class Norms:
         """The space over the norms of ``loaded.model``."""
         norms = norms_from(loaded.model, self.config.first_layer)
         places = {name: torch.arange(parameter.numel()) for name, parameter in norms.items()}
-        space = MaskedSpace(loaded.model, places, distribution=distribution)
-        base = space.values()
-        return Built(space, lambda: space.load(base))
+        return Built.of(MaskedSpace(loaded.model, places, distribution=distribution))

@@ -28,8 +28,8 @@ from fedzo.trainers.base import (
     InputsConfig,
     Prepared,
     TrainerConfig,
+    TrainerContext,
     TrainerTraits,
-    Workplace,
 )
 from fedzo.trainers.calibration import CalibratedConfig, calibration_windows
 from fedzo.zo.config import Distribution
@@ -75,16 +75,16 @@ class Tables:
 
     config: TablesConfig
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
         """Nothing beside the model is needed. The mean gradient on calibration text stays at the server."""
         trained = self._trained(loaded)
         if not self.config.gradient:
             return Prepared()
-        kept = workplace.folder / GRADIENT_FILE
-        if workplace.resumed and kept.exists():
+        kept = context.folder / GRADIENT_FILE
+        if context.resumed and kept.exists():
             gradient = read_tables(kept, loaded, content=GRADIENT)
         else:
-            gradient = self._gradient(loaded, workplace)
+            gradient = self._gradient(loaded, context)
             write_tables(kept, gradient, base_digest=loaded.base_digest, content=GRADIENT)
         return Prepared(gradient=torch.cat([gradient[name].reshape(-1) for name in trained]))
 
@@ -92,14 +92,12 @@ class Tables:
         """The tables of ``loaded.model``; their base values are kept for the way back."""
         trained = {id(table) for table in self._trained(loaded).values()}
         layers = [layer for layer in sketched_layers(loaded.model).values() if id(layer.tables) in trained]
-        space = TableSpace(layers, distribution=distribution)
-        base = space.values()
-        return Built(space, lambda: space.load(base))
+        return Built.of(TableSpace(layers, distribution=distribution))
 
-    def _gradient(self, loaded: LoadedModel, workplace: Workplace) -> dict[str, torch.Tensor]:
+    def _gradient(self, loaded: LoadedModel, context: TrainerContext) -> dict[str, torch.Tensor]:
         """The mean over windows, of all tables."""
-        tables, windows = tables_of(loaded.model), calibration_windows(self.config, loaded, workplace)
-        gradients = WindowGradients(loaded.model, windows, next_token_loss, workplace.advance)
+        tables, windows = tables_of(loaded.model), calibration_windows(self.config, loaded, context)
+        gradients = WindowGradients(loaded.model, windows, next_token_loss, context.advance)
         sums = gradients.sums(tables, squares=False).signed
         return {name: (sums[name] / len(windows)).view(table.shape).cpu() for name, table in tables.items()}
 

@@ -26,7 +26,7 @@ from fedzo.zo.rounding import is_rounded, round_stochastically
 log = logging.getLogger(__name__)
 
 SHARED = 0xFFFFFFFF
-"""The owner of seeds that all clients share."""
+"""The owner of directions that all clients share."""
 PURPOSE_DIRECTION, PURPOSE_ROUNDING, PURPOSE_DATA, PURPOSE_SAMPLING, PURPOSE_MASK, PURPOSE_INIT = 0, 1, 3, 4, 5, 6
 PURPOSE_POOL = 7
 PURPOSE_SPLIT, PURPOSE_DEAL, PURPOSE_HOLDOUT, PURPOSE_SELECTION = 16, 17, 18, 19

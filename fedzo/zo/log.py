@@ -20,8 +20,8 @@ from fedzo.errors import ProtocolError
 from fedzo.records.fields import MAX_OWNERS
 from fedzo.records.log import Proof, PublicLine, VectorLine
 from fedzo.zo.directions import SHARED
-from fedzo.zo.seeds import OWN, step_key, step_keys
-from fedzo.zo.spaces.base import Space, Values, take_steps
+from fedzo.zo.keys import OWN, step_keys
+from fedzo.zo.spaces.base import Values
 
 Scalars = npt.NDArray[np.float32]
 _HEADER = struct.Struct("<IfHHH")  # round, lr, T, P, owners and the flag
@@ -40,7 +40,7 @@ class RoundRecord:
         lr: Learning rate, a float32 value.
         owners: Owners of the columns: ``(SHARED,)`` for an aggregate, or client indices in ascending order.
         coefficients: c[t, p, o], float32 [T, P, len(owners)]: the aggregate projected gradients, or each client's own.
-        directions: Along which directions the columns lie (``fedzo.zo.seeds``): the owners' own, those that all share,
+        directions: Along which directions the columns lie (``fedzo.zo.keys``): the owners' own, those that all share,
             or those of a pool of this size.
     """
 
@@ -254,68 +254,3 @@ def _cut(data: bytes) -> ProtocolError:
 def extend_chain(chain: bytes, record: LogRecord) -> bytes:
     """SHA-256 over the chain so far and the next record."""
     return hashlib.sha256(chain + record.chained_bytes()).digest()
-
-
-def apply_steps(space: Space, scalars: Iterable[tuple[np.float32, int]], *, lr: float) -> None:
-    """theta <- theta - (lr * c) * z(key) for each (c, key), one after another: plain SGD's one update.
-
-    lr * c is rounded to float32 once. A zero (a dropped probe, lr = 0) moves nothing and is skipped, so that even a
-    negative zero keeps its bits.
-    """
-    scaled = ((np.float32(lr) * np.float32(c), key) for c, key in scalars)
-    take_steps(space, [(float(s), key) for s, key in scaled if s != 0])
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """What a server optimizer adds to the estimate of each local step of a client: ``along + pull * (theta - start)``.
-
-    Attributes:
-        along: float32 [n], the same in all steps of a round.
-        start: theta at the round's start, float32 [n]; needed for the pull alone.
-        pull: Strength of the pull back to the start.
-    """
-
-    along: Values
-    start: Values | None = None
-    pull: float = 0.0
-
-
-def probe_shares(g: Scalars) -> Scalars:
-    """g / P of a step's probes, float32 [P]: the quotient is taken in float64 and rounded to float32 once."""
-    return (g.astype(np.float64) / len(g)).astype(np.float32)
-
-
-def local_step(space: Space, *, lr: float, c: Scalars, keys: Sequence[int], drift: Drift | None = None) -> None:
-    """One step of a client within a round, for the client itself and for whoever walks its path again.
-
-    theta <- theta - lr * (along + pull * (theta - start)), where there is a drift, then plain SGD along each probe's
-    direction; every operation is rounded to float32 once. The scalars were measured at theta too, so this is one step
-    of gradient descent on the corrected loss. Without any scalar nothing was measured, and nothing moves.
-
-    Args:
-        space: At the model before the step.
-        lr: Learning rate of the round, a float32 value.
-        c: g / P of each probe, float32 [P].
-        keys: Keys of the probes' directions.
-        drift: The server optimizer's correction, if it has one.
-    """
-    if drift is not None and np.any(c):
-        theta, along = space.values(), drift.along
-        with np.errstate(all="ignore"):
-            if drift.start is not None:
-                along = along + np.float32(drift.pull) * (theta - drift.start)
-            space.load(theta - np.float32(lr) * along)
-    apply_steps(space, zip(c, keys, strict=True), lr=lr)
-
-
-def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np.float32, int]]:
-    """A round's scalars c with the keys of their directions, in the log's order: (step, probe, owner)."""
-    for (t, p, column), c in np.ndenumerate(record.coefficients):
-        owner = record.owners[column]
-        yield c, step_key(run_seed, round=record.round, step=t, probe=p, owner=owner, directions=record.directions)
-
-
-def apply_record(space: Space, record: RoundRecord, *, run_seed: int) -> None:
-    """Apply a round's steps by plain SGD, one after another in the log's order."""
-    apply_steps(space, scalars_and_keys(record, run_seed=run_seed), lr=record.lr)

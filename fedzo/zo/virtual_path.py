@@ -5,10 +5,10 @@ Meerkat-vp (arXiv 2506.03337) compares every local step of a client with a gradi
     ghat_k[t] = mean over p of g_k[t, p] z[t, p]            the step's estimate, z restricted to the trained values
     GradIP_k[t] = <grad, ghat_k[t]> = mean over p of g_k[t, p] xi[t, p],    xi[t, p] = <grad, z[t, p]>
 
-xi depends on the direction alone. So where all clients of a round share their seeds it is computed once for all of
-them, O(T P n) instead of O(K T P n). The cosine also needs the length of ghat_k[t], from the inner products of a step's
-directions with one another (``gram``): O(T P^2 n), once for all clients, too. With per-client seeds every client has
-directions of its own and pays for them.
+xi depends on the direction alone. So where all clients of a round share their directions it is computed once for
+all of them, O(T P n) instead of O(K T P n). The cosine also needs the length of ghat_k[t], from the inner products of a
+step's directions with one another (``gram``): O(T P^2 n), once for all clients, too. Where every client has directions
+of its own, it pays for them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction, dot_direction
-from fedzo.zo.log import RoundRecord, Scalars, scalars_and_keys
+from fedzo.zo.log import RoundRecord, Scalars
+from fedzo.zo.steps import scalars_and_keys
 
 Numbers = npt.NDArray[np.float64]
 

@@ -211,7 +211,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int,
     """
     context, count = multiprocessing.get_context("forkserver"), iter(range(1000))
     late = ["flwr_datasets", "transformers.models.llama"]  # fedzo imports them when it first needs them
-    context.set_forkserver_preload(["fedzo.cli.train", "fedzo.commands.train", "fedzo.runtime.inline", *late])
+    context.set_forkserver_preload(["fedzo.cli.train", "fedzo.commands.resume", "fedzo.runtime.inline", *late])
 
     def run(
         program: str, *arguments: str, path: Path | None = None, cwd: Path | None = None, timeout_s: float = 300.0

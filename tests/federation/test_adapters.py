@@ -15,8 +15,9 @@ from fedzo.commands.evaluate import evaluate_run
 from fedzo.commands.export import export_run
 from fedzo.commands.generate import generate_run
 from fedzo.commands.replay import replay_run
+from fedzo.commands.resume import resume_run
 from fedzo.commands.run_folder import rebuild
-from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.train import start_run
 from fedzo.config.load import load
 from fedzo.fl.server.rounds import Server
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.commands.train import resume_run
+from fedzo.commands.resume import resume_run
 from fedzo.fl.client.worker import ClientWorker
 from fedzo.fl.messages import ArtifactPiece, ArtifactReply, EvaluateRequest, Status
 from fedzo.run import apps

@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM
 from fedzo.commands.evaluate import evaluate_run
 from fedzo.commands.export import export_run
 from fedzo.commands.replay import replay_client, replay_run
+from fedzo.commands.resume import resume_run
 from fedzo.commands.run_folder import rebuild
-from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.train import start_run
 from fedzo.config.load import load
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.data.rows import batch_rows
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.fl.client.local_update import Workspace
+from fedzo.fl.replica import Workspace
 from fedzo.fl.server.rounds import Server
 from fedzo.masks.mask_file import load_mask
 from fedzo.models.arithmetic import DIFFERENTIABLE
@@ -33,7 +34,7 @@ from fedzo.models.scoring import example_losses, mean_loss
 from fedzo.records.log import VectorLine
 from fedzo.run.process import Process
 from fedzo.run.start import open_run
-from fedzo.trainers import Workplace
+from fedzo.trainers import TrainerContext
 
 Overrides = Callable[..., list[str]]
 Run = Callable[..., Path]
@@ -76,8 +77,8 @@ def opened(config: Any, folder: Path) -> tuple[Process, Workspace]:
     """A process and its model with the run's space on it."""
     process = open_run(config, folder)
     texts = list
-    workplace = Workplace(folder=folder, seed=config.seed, texts=texts)
-    return process, process.peer.workspace(process.peer.trainer.prepare(process.peer.loaded, workplace).artifact)
+    context = TrainerContext(folder=folder, seed=config.seed, texts=texts)
+    return process, process.peer.workspace(process.peer.trainer.prepare(process.peer.loaded, context).artifact)
 
 
 def gradient_of(process: Process, workspace: Workspace, rows: list[Example], loss: Loss, tokens: int = 4096) -> Any:
@@ -434,8 +435,8 @@ def test_report_and_terminal_of_a_run_without_scalars(run: Run, capsys: pytest.C
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
-        (["fl.seeds=per_client"], r"fl\.seeds must be shared for estimator=backprop"),
-        (["fl.seeds=pool"], r"fl\.seeds must be shared for estimator=backprop"),
+        (["fl.directions=per_client"], r"fl\.directions must be shared for estimator=backprop"),
+        (["fl.directions=pool"], r"fl\.directions must be shared for estimator=backprop"),
         (["estimator.num_probes=2"], r"estimator\.num_probes is not a setting.* another is chosen"),
         (["step_policy=cusum"], "step_policy must not read scalars g for estimator=backprop"),
         (["step_policy=vpcs", "step_policy.statistic=gradip"], "step_policy must not read scalars g"),

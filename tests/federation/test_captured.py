@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from fedzo.commands.replay import replay_run
-from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.resume import resume_run
+from fedzo.commands.train import start_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models.captured import CudaGraph

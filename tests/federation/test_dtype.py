@@ -20,14 +20,15 @@ from fedzo.errors import ConfigError
 from fedzo.evaluate import answers
 from fedzo.fl.client import scalar_update
 from fedzo.fl.messages import TrainRequest
-from fedzo.models import auto_dtype
+from fedzo.models import auto_dtype, captured
+from fedzo.models.auto_dtype import NUM_DIRECTIONS
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.products import RoundedProducts
 from fedzo.run import peer
 from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer
 from fedzo.run.start import open_run
-from fedzo.trainers import Workplace
+from fedzo.trainers import TrainerContext
 from fedzo.zo.log import EMPTY_CHAIN
 from fedzo.zo.spaces.base import Space
 
@@ -84,8 +85,8 @@ def test_a_process_that_is_started_again_within_a_run_decides_by_rows_of_the_cli
 ) -> None:
     """It may be the site of one client, which has no rows of any other."""
     process = open_run(load(overrides("model.dtype=auto")), tmp_path)
-    workplace = Workplace(folder=tmp_path, seed=0, texts=list)
-    artifact = process.peer.trainer.prepare(process.peer.loaded, workplace).artifact
+    context = TrainerContext(folder=tmp_path, seed=0, texts=list)
+    artifact = process.peer.trainer.prepare(process.peer.loaded, context).artifact
     known, read = process.client.data, []
     monkeypatch.setattr(ClientContext, "data", lambda _, client: read.append(client) or known(client))
 
@@ -271,30 +272,65 @@ def test_where_bfloat16_fails_rounded_products_are_tried(
     assert "float32 with TF32 products is chosen" in chosen
 
 
+@pytest.mark.parametrize("trainer", ["meerkat", "lora", "prompt", "prefix"])
+@pytest.mark.parametrize(("chosen", "largest_time"), [(torch.float32, 0.0), (torch.bfloat16, math.inf)])
 def test_the_model_that_was_not_chosen_is_gone_before_memory_is_measured(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, trainer: str, chosen: torch.dtype, largest_time: float
 ) -> None:
-    load_model, fitting, second, alive = peer.load_model, peer.fitting_tokens_per_batch, [], []
+    monkeypatch.setattr(auto_dtype, "_LARGEST_ERROR", math.inf)
+    monkeypatch.setattr(auto_dtype, "_LARGEST_TIME", largest_time)
+    load_model, fitting = peer.load_model, peer.fitting_tokens_per_batch
+    models: dict[torch.dtype, weakref.ref[torch.nn.Module]] = {}
+    alive: list[set[torch.dtype]] = []
 
     def loads(config: ModelConfig, **how: Any) -> Any:
         loaded = load_model(config, **how)
-        if config.dtype is DType.bfloat16:
-            second.append(weakref.ref(loaded.model))
+        models[loaded.model.get_input_embeddings().weight.dtype] = weakref.ref(loaded.model)
         return loaded
 
     def fits(*given: Any, **how: Any) -> int:
-        alive.extend(each() is not None for each in second)
+        alive.append({dtype for dtype, each in models.items() if each() is not None})
         return fitting(*given, **how)
 
     monkeypatch.setattr(peer, "load_model", loads)
     monkeypatch.setattr(peer, "fitting_tokens_per_batch", fits)
     gc.disable()
     try:
-        run("model.dtype=auto", "fl.rounds=1")
+        run("model.dtype=auto", f"trainer={trainer}", "task.max_length=64", "fl.rounds=1")
     finally:
         gc.enable()
 
-    assert alive == [False]
+    assert {*models} == {torch.float32, torch.bfloat16}
+    assert alive == [{chosen}]
+
+
+def test_graphs_are_timed_where_the_run_has_them(
+    run: Run, graphs_on_cpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that counts is a replay: what a graph's first runs are compared with takes the time of an eager forward."""
+    try_out, done, ends = peer.try_out, list[str](), list[list[str]]()
+
+    def spied(owner: Any, name: str, what: str) -> None:
+        own = getattr(owner, name)
+
+        def call(*given: Any) -> Any:
+            done.append(what)
+            return own(*given)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def tries(*given: Any) -> Any:
+        trial = try_out(*given)
+        ends.append(done[-4 * NUM_DIRECTIONS :])
+        return trial
+
+    spied(captured.Captures, "run", "a forward")
+    spied(captured._Captured, "run", "its replay")
+    spied(captured, "_compare", "a comparison")
+    monkeypatch.setattr(peer, "try_out", tries)
+    run("model.dtype=auto", "model.cuda_graphs=true", "task.candidates=[b,g]", "fl.rounds=1")
+
+    assert ends == [["a forward", "its replay"] * 2 * NUM_DIRECTIONS] * 2
 
 
 def test_all_weights_of_a_16_bit_model_are_warned_of_where_probes_vanish(

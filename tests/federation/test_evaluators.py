@@ -55,7 +55,8 @@ print(json.dumps([[len(answer) for answer in answers], evaluate_run(Path(folder)
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.resume import resume_run
+from fedzo.commands.train import start_run
 from fedzo.config.load import load
 from fedzo.fl.log_store import RunStore
 from fedzo.records.metrics import CentralScore, FederatedScore

@@ -63,6 +63,22 @@ def test_generating_with_a_run_is_greedy_decoding_of_its_model(run: Run, greedy_
     assert text == greedy_answer(loaded, "Text: a thing\nVerdict:", 5)
 
 
+def test_a_run_answers_in_forwards_that_fit_into_memory(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def answers(loaded: LoadedModel, ids: list[tuple[int, ...]], **settings: object) -> list[str]:
+        sizes.append(settings["tokens_per_batch"])
+        return ["" for _ in ids]
+
+    folder = finished()  # before the memory is short: other tests use this run, too
+    monkeypatch.setattr("fedzo.commands.generate.generate", answers)
+    monkeypatch.setattr("fedzo.run.peer.fitting_tokens_per_batch", lambda *_, wanted, **__: wanted // 16)
+
+    generate_run(folder, ["the cat"], max_new_tokens=5)
+
+    assert sizes == [256]
+
+
 def test_a_mixed_batch_answers_as_separate_runs_would(served: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(ask(served, "--max-new-tokens", "12")) == 0
 
@@ -90,6 +106,17 @@ def test_a_dense_model_answers_rows_without_tables(tmp_path: Path, capsys: pytes
     assert main(["generate", "--model", str(model), "--prompts", str(tmp_path / "rows.jsonl")]) == 0
 
     assert json.loads(capsys.readouterr().out)["tables"] is None
+
+
+def test_a_prompt_is_refused_rather_than_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, rows = save_tiny_model(tmp_path / "model", "gpt2"), tmp_path / "rows.jsonl"  # 512 positions
+    rows.write_text('{"prompt": "the cat"}\n')
+
+    assert main(["generate", "--model", str(model), "--prompts", str(rows), "--max-new-tokens", "510"]) == 2
+
+    said = capsys.readouterr().err
+    assert "prompt 0 must fit into the model's 512 positions together with 510 tokens of an answer, got 7 tok" in said
+    assert "Traceback" not in said
 
 
 def test_the_weights_are_of_the_dtype_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from fedzo.errors import ConfigError, PluginError, ProtocolError, problem
 from fedzo.fl.client.worker import part
 from fedzo.fl.messages import EvaluateRequest, Hello, Refusal, TrainRequest, encode
 from fedzo.fl.site_limits import SiteError
-from fedzo.run import apps, preparation
+from fedzo.run import apps, staging
 from fedzo.run.process import Process, forget_process, load_ahead, open_process, this_process
 from fedzo.run.start import open_run
 from fedzo.system import SITE_ARTIFACTS_ENV, SITE_ENV, SITE_LOG_ENV
@@ -71,7 +71,7 @@ class Gated:
 def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gated]:
     made = Gated()
     monkeypatch.setattr(STAGES, "build", lambda config, context: made)
-    monkeypatch.setattr(preparation, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(staging, "PATIENCE_S", 0.05)
     yield made
     for _ in range(1000):
         made.let.release()
@@ -83,7 +83,7 @@ def start(overrides: Overrides, tmp_path: Path) -> Callable[[], Process]:
 
     def make() -> Process:
         process = open_run(load(overrides("preprocess=[identity]")), tmp_path)
-        process.to_the_end = False
+        process.asked_again = True
         return process
 
     return make
@@ -94,7 +94,7 @@ def greet(process: Process, client: int = 0, *, begun: bool = False) -> Any:
 
 
 def until_ready(process: Process, *, begun: bool = False) -> Any:
-    """Greet until it no longer prepares."""
+    """Greet until its rows are ready."""
     ends = time.monotonic() + 20
     while (reply := greet(process, begun=begun)).preparing:
         assert time.monotonic() < ends
@@ -129,7 +129,7 @@ def test_a_request_of_a_round_is_refused_at_once_while_the_stages_work(
     process = start()
     rows = greet(process).preparing
     stage.advance(3)
-    monkeypatch.setattr(preparation, "PATIENCE_S", 60.0)  # a first greeting may wait so long, a round may not
+    monkeypatch.setattr(staging, "PATIENCE_S", 60.0)  # a first greeting may wait so long, a round may not
     began = time.monotonic()
 
     for ask in requests(process):
@@ -154,7 +154,7 @@ def test_a_client_whose_stages_are_done_registers_what_they_made_and_takes_part(
 
     assert (reply.num_train, reply.prepared) == (rows, 0)
     assert json.loads(reply.stages) == {"identity.marked": 3.0, "identity.share": 0.5}
-    assert {row["text"][-1] for row in process.client.preparations.rows(0).train} == {"!"}
+    assert {row["text"][-1] for row in process.client.staging.rows(0).train} == {"!"}
     assert greet(process) == reply
     assert stage.calls == [0]
     for ask in requests(process):
@@ -162,7 +162,7 @@ def test_a_client_whose_stages_are_done_registers_what_they_made_and_takes_part(
             ask()
 
 
-def test_clients_of_one_process_are_prepared_one_after_another(start: Callable[[], Process], stage: Gated) -> None:
+def test_clients_of_one_process_are_staged_one_after_another(start: Callable[[], Process], stage: Gated) -> None:
     process = start()
     rows = greet(process, 0).preparing
     assert greet(process, 1).preparing
@@ -302,9 +302,11 @@ def test_a_site_whose_memory_is_short_when_it_is_greeted_may_be_asked_again(
     assert refused.value.refusal is Refusal.memory
 
 
-def test_where_nobody_could_ask_again_a_greeting_waits_to_the_end(start: Callable[[], Process], stage: Gated) -> None:
+def test_a_greeting_that_is_not_asked_again_waits_until_the_rows_are_ready(
+    start: Callable[[], Process], stage: Gated
+) -> None:
     process = start()
-    process.to_the_end = True
+    process.asked_again = False
     threading.Timer(0.5, lambda: [stage.let.release() for _ in range(500)]).start()
 
     assert greet(process).num_train > 0
@@ -313,18 +315,18 @@ def test_where_nobody_could_ask_again_a_greeting_waits_to_the_end(start: Callabl
 def test_a_run_that_is_let_go_stops_its_stages(start: Callable[[], Process], stage: Gated) -> None:
     process = start()
     greet(process)
-    (job,) = process.client.preparations._jobs.values()
+    (job,) = process.client.staging._jobs.values()
 
     process.stop()
     stage.let.release()
 
-    with pytest.raises(preparation.StoppedError):
+    with pytest.raises(staging.StoppedError):
         job.result(20)
 
 
 def test_a_stage_that_ends_its_thread_does_not_end_whoever_asks() -> None:
     with pytest.raises(PluginError, match=r"a preprocess stage must return or raise, got SystemExit\(1\)"):
-        preparation.Preparation(lambda told: sys.exit(1)).result(20)
+        staging.StagingJob(lambda told: sys.exit(1)).result(20)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedzo.commands.replay import replay_run
 from fedzo.config.load import load
@@ -153,8 +154,8 @@ def test_one_round_of_many_clients_takes_as_many_forwards_as_its_tokens_need(
 
 
 def test_clients_with_directions_of_their_own_are_refused(overrides: Overrides) -> None:
-    with pytest.raises(ConfigError, match=r"runtime\.batch_clients must be false for fl\.seeds=per_client"):
-        load(overrides(TOGETHER, "fl.seeds=per_client"))
+    with pytest.raises(ConfigError, match=r"runtime\.batch_clients must be false for fl\.directions=per_client"):
+        load(overrides(TOGETHER, "fl.directions=per_client"))
 
 
 def test_a_model_that_multiplies_otherwise_shares_the_first_step_alone(
@@ -171,6 +172,29 @@ def test_a_model_that_multiplies_otherwise_shares_the_first_step_alone(
     told = [record.message for record in caplog.records if "cannot share" in record.message]
     assert len(told) == 1
     assert told[0].startswith("clients cannot share the forwards of later local steps with this model")
+
+
+def test_where_memory_runs_out_in_a_later_step_clients_share_the_first_alone_from_then_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, asked = ["fl.num_clients=4", "fl.local_steps=3", TOGETHER], list[int]()
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnWeights, "supports", lambda places, model: False)
+        known = run(*settings)
+
+    def follow(self: OwnWeights, offsets: Any, index: np.ndarray) -> None:
+        asked.append(len(index))
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(OwnWeights, "follow", follow)
+    found = run(*settings)
+
+    assert (found / "audit.jsonl").read_bytes() == (known / "audit.jsonl").read_bytes()
+    assert len(asked) == 1
+    told = [record.message for record in caplog.records if "cannot share" in record.message]
+    assert len(told) == 1
+    assert told[0].endswith("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "joint forwards failed" not in caplog.text
 
 
 def test_one_client_at_fault_fails_alone(run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:

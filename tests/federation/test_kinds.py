@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
+from fedzo.cli import main
 from fedzo.commands.export import export_run
 from fedzo.commands.generate import generate_run
 from fedzo.commands.replay import replay_run
@@ -18,14 +19,9 @@ from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
-INSTRUCTION = (
-    "task.kind=instruction",
-    "task.template='{prompt}'",
-    "task.answer='{response}'",
-    "task.loss=lm",
-    "task.candidates=[]",
-    "task.max_new_tokens=6",
-)
+WRITTEN = ("task.loss=lm", "task.candidates=[]", "task.max_new_tokens=6")
+INSTRUCTION = ("task.kind=instruction", "task.template='{prompt}'", "task.answer='{response}'", *WRITTEN)
+GENERATION = ("task.kind=generation", "task.template='{prompt}\\nAnswer:'", "task.answer=' {response}'", *WRITTEN)
 
 
 def question_rows(folder: Path) -> Path:
@@ -71,6 +67,36 @@ def test_answers_that_a_model_writes_are_trained_and_scored(
     assert replay_run(folder)["digest"] == summary["final_digest"]
 
 
+def test_rows_that_list_their_own_candidates_are_trained_and_scored(run: Run, lines: Lines, tmp_path: Path) -> None:
+    (folder := tmp_path / "rows").mkdir()
+    for name, count, offset in (("train", 24, 0), ("dev", 4, 100), ("test", 4, 200)):
+        rows = [
+            {
+                "question": f"what is the number of thing {i}?",
+                "choices": {"text": [f"it is {j}" for j in range(2 + i % 3)]},
+                "key": "ABCD"[i % (2 + i % 3)],
+            }
+            for i in range(offset, offset + count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    done = run(
+        f"data.path={folder}",
+        "task.template='{question}\\nAnswer:'",
+        "task.candidates=[' {choices.text}']",
+        "task.label=key",
+        "task.labels=[A,B,C,D]",
+    )
+
+    told = lines(done, "metrics.jsonl")
+    summary, setup = told[-1], next(line for line in told if line["kind"] == "setup")
+    federated = next(line for line in told if line["kind"] == "federated_score")
+    for score in (summary["before"], summary["after"], federated):
+        assert (score["metric"], score["per_class"], score["auc"]) == ("accuracy", {}, None)
+    assert [client["label_counts"] for client in setup["clients"]] == [{}] * 4
+    assert replay_run(done)["digest"] == summary["final_digest"]
+
+
 def test_an_instruction_run_writes_to_a_prompt_as_to_a_row(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,12 +123,7 @@ def test_a_run_of_generation_writes_the_line_that_its_score_reads(
 ) -> None:
     folder = run(
         f"data.path={question_rows(tmp_path / 'rows')}",
-        "task.kind=generation",
-        "task.template='{prompt}\\nAnswer:'",
-        "task.answer=' {response}'",
-        "task.loss=lm",
-        "task.candidates=[]",
-        "task.max_new_tokens=6",
+        *GENERATION,
         "fl.rounds=1",
     )
     written = byte_tokenizer()(" it is 3\nand more")["input_ids"]
@@ -146,6 +167,35 @@ def test_an_exported_instruction_run_stops_where_its_answers_end(
     assert written.tolist() == [[65, 66, 1]]
     assert out.generation_config.eos_token_id == [1, 2]
     assert out.generation_config.temperature == 0.6
+
+
+def test_an_exported_run_of_generation_stops_at_the_line_s_end(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(
+        f"data.path={question_rows(tmp_path / 'rows')}",
+        *GENERATION,
+        "fl.rounds=1",
+    )
+    newline, prompt = 3 + ord("\n"), "what?\nAnswer:"
+
+    out = export_run(folder, tmp_path / "out")
+
+    def ends_the_line(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([newline]), 0.0)
+
+    model, made = AutoModelForCausalLM.from_pretrained(out), LogitsProcessorList([ends_the_line])
+    written = model.generate(torch.tensor([[65, 66]]), max_new_tokens=4, do_sample=False, logits_processor=made)
+    assert written.tolist() == [[65, 66, newline]]
+    assert model.generation_config.eos_token_id == [2, newline]
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    tokens = byte_tokenizer()(" it is 3\nand more")["input_ids"]
+    monkeypatch.setattr("fedzo.models.generate.generate_tokens", lambda *given, **settings: [tokens])
+    capsys.readouterr()
+    assert main(["generate", "--model", str(out), "--prompts", str(tmp_path / "rows.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out)["answer"] == "it is 3"
+    assert generate_run(folder, [prompt], max_new_tokens=32) == ["it is 3"]
 
 
 @pytest.mark.parametrize("trainer", ["meerkat", "mezo", "tables"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedzo.commands.replay import replay_run
-from fedzo.commands.train import resume_run
+from fedzo.commands.resume import resume_run
 from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.memory import ForwardSeconds
 

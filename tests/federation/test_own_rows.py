@@ -14,7 +14,7 @@ import pytest
 from fedzo.commands import evaluate
 from fedzo.commands.evaluate import evaluate_run
 from fedzo.commands.replay import replay_run
-from fedzo.commands.train import resume_run
+from fedzo.commands.resume import resume_run
 from fedzo.config.load import load
 from fedzo.data import sources
 from fedzo.errors import ConfigError
@@ -166,7 +166,7 @@ def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(
 
     process = open_run(load(overrides()), tmp_path)
     stages = {"first": Mark("1"), "second": Mark("2")}
-    before = process.client.preparations.rows(0)
+    before = process.client.staging.rows(0)
     after = client_rows(process.source, 0, share=0.1, seed=0, stages=stages)
 
     assert [row["text"] for row in after.train] == [f"{row['text']}12" for row in before.train]

@@ -82,12 +82,15 @@ def test_rules_that_correct_drift_refuse_what_does_not_go_with_them(overrides: C
     with pytest.raises(ConfigError) as raised:
         load(
             overrides(
-                "server_optimizer=scaffold", "fl.seeds=per_client", "strategy=size", "server_optimizer.weight_decay=10"
+                "server_optimizer=scaffold",
+                "fl.directions=per_client",
+                "strategy=size",
+                "server_optimizer.weight_decay=10",
             )
         )
 
     for part in (
-        "fl.seeds must be shared for server_optimizer=scaffold, whose log keeps each client's own scalars",
+        "fl.directions must be shared for server_optimizer=scaffold, whose log keeps each client's own scalars",
         "strategy.weighting must be uniform for server_optimizer=scaffold",
         "server_optimizer.weight_decay must be 0 for server_optimizer=scaffold",
     ):
@@ -115,14 +118,14 @@ def test_feddyn_s_default_goes_by_the_round_s_lr_and_local_steps(
     assert [FedDyn(alpha=5, local_steps=10).pull(lr) for lr in (0.002, 0.0002, 0.0)] == [5, 5, 5]
 
 
-# --- a pool of seeds --------------------------------------------------------------------------------------------------
+# --- a pool of directions ---------------------------------------------------------------------------------------------
 
 
-def test_a_pool_of_seeds_replays_and_holds_no_more_directions_than_its_size(run: Run, lines: Lines) -> None:
-    from fedzo.zo.log import scalars_and_keys
+def test_a_pool_of_directions_replays_and_holds_no_more_than_its_size(run: Run, lines: Lines) -> None:
+    from fedzo.zo.steps import scalars_and_keys
 
     folder = run(
-        "fl.seeds=pool", "fl.pool_size=5", "fl.local_steps=3", "estimator.num_probes=2", "server_optimizer.lr=0.01"
+        "fl.directions=pool", "fl.pool_size=5", "fl.local_steps=3", "estimator.num_probes=2", "server_optimizer.lr=0.01"
     )
 
     result, public = replay_run(folder), lines(folder, "public.jsonl")
@@ -138,10 +141,10 @@ def test_a_pool_of_seeds_replays_and_holds_no_more_directions_than_its_size(run:
 
 
 def test_clients_that_draw_from_a_pool_cannot_share_forwards(overrides: Callable[..., list[str]]) -> None:
-    with pytest.raises(ConfigError, match=r"runtime\.batch_clients must be false for fl\.seeds=pool"):
-        load(overrides("runtime.batch_clients=true", "fl.seeds=pool"))
+    with pytest.raises(ConfigError, match=r"runtime\.batch_clients must be false for fl\.directions=pool"):
+        load(overrides("runtime.batch_clients=true", "fl.directions=pool"))
     with pytest.raises(ConfigError, match=r"fl\.pool_size must be between 2"):
-        load(overrides("fl.seeds=pool", "fl.pool_size=1"))
+        load(overrides("fl.directions=pool", "fl.pool_size=1"))
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------

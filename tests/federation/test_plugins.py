@@ -12,8 +12,8 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 from fedzo.commands.replay import replay_run
+from fedzo.commands.resume import resume_run
 from fedzo.commands.run_folder import rebuild
-from fedzo.commands.train import resume_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.evaluate import EVALUATORS, EvaluatorConfig, Measure

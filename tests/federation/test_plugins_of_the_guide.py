@@ -20,7 +20,8 @@ RUN = """
 import json, os, sys
 from pathlib import Path
 
-from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.resume import resume_run
+from fedzo.commands.train import start_run
 from fedzo.commands.replay import replay_run
 from fedzo.config.load import load
 from fedzo.data.preprocess.backend import REWRITERS, Message, Request

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.commands.train import resume_run
+from fedzo.commands.resume import resume_run
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import decode, parse_json, to_json
 from fedzo.records.log import AuditLine, PublicLine
@@ -27,7 +27,7 @@ READ: dict[str, Callable[..., object]] = {
 def test_every_kind_of_record_comes_back_byte_for_byte(run: Callable[..., Path]) -> None:
     vpcs = ["step_policy=vpcs", "step_policy.calibration_steps=4", "step_policy.initial_steps=2"]
     folder = run(
-        *[*vpcs, "step_policy.later_steps=2", "fl.local_steps=2", "faults.absent=['1@1']", "fl.seeds=pool"],
+        *[*vpcs, "step_policy.later_steps=2", "fl.local_steps=2", "faults.absent=['1@1']", "fl.directions=pool"],
         "partition.holdout=0.2",
     )
     resume_run(folder, rounds=4)

@@ -227,7 +227,7 @@ def test_a_command_that_is_killed_ends_with_the_same_results_when_it_is_called_a
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_run_prepares_its_clients_and_trains_on_what_they_made(
+def test_a_run_trains_on_what_its_stages_made(
     run: Callable[..., Path], endpoint: Endpoint, data_dir: Path, tmp_path: Path
 ) -> None:
     """The oracle is a run without the stage on a folder whose training rows are the rewritten ones."""
@@ -700,6 +700,18 @@ def test_what_the_endpoint_says_is_shown(
     assert 'a call failed: refused: 400 "too long  [2J"' in told
     assert "by the prices" not in told
     assert re.search(r"^\d+ calls, [\d,]+ tokens$", told, re.MULTILINE)
+
+
+def test_a_text_that_a_provider_does_not_allow_is_named_by_its_row(
+    rephrase: Callable[..., int], endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.faults = {"item 5 ": (403, b'{"error": {"message": "your input was flagged"}}')}
+
+    assert rephrase("preprocess.oat_rephrase.gate=false") == 1
+
+    told = capsys.readouterr().err
+    assert 'answered 403 "your input was flagged"' in told
+    assert "leave row 5 out of the data" in told
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from fedzo.commands.evaluate import evaluate_run
 from fedzo.commands.replay import replay_run
-from fedzo.commands.train import resume_run
+from fedzo.commands.resume import resume_run
 
 Run = Callable[..., Path]
 

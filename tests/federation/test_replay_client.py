@@ -26,8 +26,8 @@ from fedzo.fl.config import directions_of
 from fedzo.fl.log_store import RunStore
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import direction, stream_key
-from fedzo.zo.log import local_step, probe_shares
-from fedzo.zo.seeds import step_keys
+from fedzo.zo.keys import step_keys
+from fedzo.zo.steps import local_step, probe_shares
 
 Overrides = Callable[..., list[str]]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -137,7 +137,7 @@ def test_a_thousand_local_steps_are_rebuilt_by_another_process(train: Any, lines
 @pytest.mark.parametrize(
     "settings",
     [
-        ("fl.seeds=per_client", "estimator.num_probes=3", "server_optimizer=adam", "server_optimizer.lr=0.001"),
+        ("fl.directions=per_client", "estimator.num_probes=3", "server_optimizer=adam", "server_optimizer.lr=0.001"),
         ("model.dtype=bfloat16", "fl.transport=values", "server_optimizer=momentum", "server_optimizer.lr=0.01"),
         ("trainer=lora", ROOM, "server_optimizer.lr=0.01", "estimator.num_probes=2"),
         ("trainer=tables", "server_optimizer.lr=0.001", "estimator.num_probes=2"),
@@ -145,7 +145,7 @@ def test_a_thousand_local_steps_are_rebuilt_by_another_process(train: Any, lines
         ("trainer=mezo", "server_optimizer.lr=0.001", "model.dtype=bfloat16", "trainer.rounding=stochastic"),
         ("server_optimizer=scaffold", "server_optimizer.lr=0.01"),
         ("server_optimizer=feddyn", "server_optimizer.lr=0.001", FALLING, "estimator.num_probes=2"),
-        ("fl.seeds=pool", "fl.pool_size=5", "server_optimizer.lr=0.01"),
+        ("fl.directions=pool", "fl.pool_size=5", "server_optimizer.lr=0.01"),
         ("strategy.aggregation=majority_sign", "server_optimizer.lr=0.01"),
         ("runtime=inline_batched", "server_optimizer.lr=0.01"),
     ],

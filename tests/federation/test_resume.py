@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from fedzo.commands.replay import replay_run
-from fedzo.commands.train import resume_run, start_or_resume_run
+from fedzo.commands.resume import resume_run, start_or_resume_run
 from fedzo.config.load import load
 from fedzo.errors import RunFolderError
 from fedzo.fl.server.client_registry import ClientRegistry
@@ -135,7 +135,8 @@ def test_a_run_killed_again_and_again_ends_with_the_hash_of_an_unbroken_one(
     assert (broken / "public.jsonl").read_bytes() == (unbroken / "public.jsonl").read_bytes()
     assert (broken / "audit.jsonl").read_bytes() == (unbroken / "audit.jsonl").read_bytes()
     summaries = [lines(folder, "metrics.jsonl")[-1] for folder in (broken, unbroken)]
-    same = ("final_digest", "best_round", "rounds", "dropped_probes", "payload_up_bytes", "payload_down_bytes")
+    sums = ("dropped_probes", "payload_up_bytes", "payload_down_bytes", "message_up_bytes", "message_down_bytes")
+    same = ("final_digest", "best_round", "rounds", *sums)
     assert [summaries[0][name] for name in same] == [summaries[1][name] for name in same]
     assert summaries[0]["after"]["value"] == summaries[1]["after"]["value"]
     dev = [

@@ -22,6 +22,7 @@ from fedzo.fl.server.rounds import FederationError
 from fedzo.masks.mask import Mask
 from fedzo.masks.mask_file import load_mask, save_mask
 from fedzo.models.memory import ForwardSeconds
+from fedzo.records.scores import Score
 from fedzo.run.start import open_run
 from fedzo.testing.tiny_models import byte_tokenizer, tiny_model
 from fedzo.zo.directions import SHARED, direction, stream_key
@@ -116,12 +117,12 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
     process = open_run(load(overrides("fl.rounds=1")), tmp_path)
     from fedzo.data.rows import batch_rows
     from fedzo.models.scoring import mean_loss
-    from fedzo.trainers import Workplace
+    from fedzo.trainers import TrainerContext
     from fedzo.zo.estimator import ZerothOrderConfig, build_estimator
 
-    workplace = Workplace(folder=folder, seed=0, texts=list)
+    context = TrainerContext(folder=folder, seed=0, texts=list)
     peer = process.peer
-    space = peer.workspace(peer.trainer.prepare(peer.loaded, workplace).artifact).replica.space
+    space = peer.workspace(peer.trainer.prepare(peer.loaded, context).artifact).replica.space
     joint = []
     for client in range(4):
         train = process.client.data(client).train
@@ -143,7 +144,7 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
     [
         (),
         ("fl.local_steps=3",),
-        ("fl.local_steps=3", "estimator.num_probes=2", "fl.seeds=per_client"),
+        ("fl.local_steps=3", "estimator.num_probes=2", "fl.directions=per_client"),
         ("fl.transport=values",),
         ("strategy=size", "partition=dirichlet", "partition.alpha=1.0"),
         ("strategy.clients_per_round=2", "fl.rounds=6"),
@@ -225,10 +226,10 @@ def test_a_second_run_with_the_same_configuration_gives_the_same_log(run: Run) -
 
 
 @pytest.mark.parametrize(
-    ("seeds", "owners", "count"), [("shared", ["shared"], 3 * 2), ("per_client", [0, 1, 2, 3], 3 * 4 * 2)]
+    ("directions", "owners", "count"), [("shared", ["shared"], 3 * 2), ("per_client", [0, 1, 2, 3], 3 * 4 * 2)]
 )
 def test_clients_probe_along_the_directions_of_the_logs_owners_which_are_distinct(
-    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, seeds: str, owners: list[Any], count: int
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, directions: str, owners: list[Any], count: int
 ) -> None:
     probed: list[int] = []
     estimate = TwoPoint.estimate
@@ -239,12 +240,12 @@ def test_clients_probe_along_the_directions_of_the_logs_owners_which_are_distinc
 
     monkeypatch.setattr(TwoPoint, "estimate", recorded)
 
-    folder = run(f"fl.seeds={seeds}", "fl.local_steps=2")
+    folder = run(f"fl.directions={directions}", "fl.local_steps=2")
 
     log = lines(folder, "public.jsonl")
     assert [(line["owners"], line["attendance"]) for line in log] == [(owners, [0, 1, 2, 3])] * 3
     assert probed == [
-        stream_key(0, round=line["round"], step=step, owner=SHARED if seeds == "shared" else client)
+        stream_key(0, round=line["round"], step=step, owner=SHARED if directions == "shared" else client)
         for line in log
         for client in line["attendance"]
         for step in range(2)
@@ -257,13 +258,13 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
 ) -> None:
     from fedzo.fl.client import scalar_update
     from fedzo.fl.messages import TrainRequest
-    from fedzo.trainers import Workplace
+    from fedzo.trainers import TrainerContext
     from fedzo.zo.log import EMPTY_CHAIN
 
     process = open_run(load(overrides("fl.local_steps=3", "trainer.lr=0.1")), tmp_path)
-    workplace = Workplace(folder=tmp_path, seed=0, texts=list)
+    context = TrainerContext(folder=tmp_path, seed=0, texts=list)
     peer, worker = process.peer, process.client.worker
-    artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
+    artifact = peer.trainer.prepare(peer.loaded, context).artifact
     replica = peer.workspace(artifact).replica
     before = replica.space.digest()
     original, asked = scalar_update.example_losses, []
@@ -370,6 +371,18 @@ def test_the_test_split_is_touched_once_before_and_once_at_the_best_dev_round(ru
     assert {line["round"] for line in scores if line["split"] == "test"} == {0, summary["best_round"]}
 
 
+def test_a_run_ends_with_the_dev_score_of_its_best_round_and_not_of_its_last(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([0.5, 0.2, 0.4])  # after 0, 2 and 3 rounds
+    monkeypatch.setattr("fedzo.run.scores.evaluate", lambda *_, **__: Score("accuracy", 0.5, next(losses), 8))
+
+    summary = lines(run("evaluation.test=false"), "metrics.jsonl")[-1]
+
+    assert (summary["best_round"], summary["after"]) == (2, None)
+    assert [summary["dev"][name] for name in ("split", "round", "loss")] == ["dev", 2, 0.2]
+
+
 def test_a_run_that_chooses_settings_scores_no_test_row_and_has_the_dev_rows_of_the_runs_to_come(
     run: Run, lines: Lines, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,7 +485,7 @@ def test_a_probe_that_overflows_float16_is_dropped_and_counted_and_the_round_goe
 
     folder = run(
         f"model={tmp_path / 'model'}", f"inputs.artifact={tmp_path / 'mask.safetensors'}", "model.dtype=float16",
-        f"estimator.eps={eps}", "fl.seeds=per_client", "strategy.clip_factor=0",
+        f"estimator.eps={eps}", "fl.directions=per_client", "strategy.clip_factor=0",
     )  # fmt: skip
 
     lost = np.array([[overflows(round, client) for client in range(4)] for round in range(3)])
@@ -636,12 +649,12 @@ def test_batches_are_split_where_the_padding_costs_more_than_a_forward(
 ) -> None:
     """40 tokens of padding are worth a forward of 32 tokens, but not one that perturbs all weights; 4,480 are."""
     from fedzo.models.plan import plan_batches
-    from fedzo.trainers import Workplace
+    from fedzo.trainers import TrainerContext
 
     process = open_run(load(overrides(f"trainer={trainer}", "device=cpu")), tmp_path)
-    workplace = Workplace(folder=tmp_path, seed=0, texts=list)
+    context = TrainerContext(folder=tmp_path, seed=0, texts=list)
     peer = process.peer
-    cost = peer.workspace(peer.trainer.prepare(peer.loaded, workplace).artifact).forward_cost_tokens
+    cost = peer.workspace(peer.trainer.prepare(peer.loaded, context).artifact).forward_cost_tokens
 
     num_batches = [
         len(plan_batches(lengths, tokens_per_batch=10_000, forward_cost_tokens=cost))

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from fedzo.cli import main
-from fedzo.commands import run_folder, train
+from fedzo.commands import resume, run_folder, train
 from fedzo.commands.replay import replay_run
+from fedzo.commands.resume import resume_run, start_or_resume_run
 from fedzo.commands.run_folder import read_run, rebuild
-from fedzo.commands.train import resume_run, start_or_resume_run, start_run
+from fedzo.commands.train import start_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, FolderInUseError, RunFolderError
 from fedzo.fl.log_store import RunStore
@@ -213,7 +214,8 @@ def test_a_run_whose_server_is_another_process_is_not_begun_twice(
             resume_run(run_dir)
         seen.append(snapshot(run_dir) == before)
 
-    monkeypatch.setattr(train, "_deploy", deploy)
+    for module in (train, resume):
+        monkeypatch.setattr(module, "deploy", deploy)
 
     start_run(load(overrides("runtime=local")), folder, overrides=[])
     resume_run(folder)
@@ -385,7 +387,7 @@ def test_a_kill_while_a_run_is_made_longer_is_made_up_for(
 ) -> None:
     folder = finished("fl.rounds=2")
     written: list[str] = []
-    original = train.write_whole
+    original = resume.write_whole
 
     def killed(file: Path, text: str) -> None:
         written.append(file.name)
@@ -393,7 +395,7 @@ def test_a_kill_while_a_run_is_made_longer_is_made_up_for(
             raise KeyboardInterrupt
         original(file, text)
 
-    for module in (train, run_folder):
+    for module in (resume, run_folder):
         monkeypatch.setattr(module, "write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         resume_run(folder, rounds=3)
@@ -456,7 +458,7 @@ def test_a_kill_while_a_refused_extension_is_taken_back_is_made_up_for(
     mine = shutil.copytree(data_dir, tmp_path / "mine")
     folder = run("fl.rounds=2", f"data.path={mine}")
     mine.rename(tmp_path / "elsewhere")
-    original, left = train.write_whole, writes
+    original, left = resume.write_whole, writes
 
     def killed(file: Path, text: str) -> None:
         nonlocal left
@@ -466,10 +468,10 @@ def test_a_kill_while_a_refused_extension_is_taken_back_is_made_up_for(
         original(file, text)
 
     def refused(*_: object) -> None:
-        monkeypatch.setattr(train, "write_whole", killed)
+        monkeypatch.setattr(resume, "write_whole", killed)
         raise ConfigError("refused")
 
-    monkeypatch.setattr(train, "_run", refused)
+    monkeypatch.setattr(resume, "run_here", refused)
     with pytest.raises(KeyboardInterrupt if writes < 4 else ConfigError):
         resume_run(folder, rounds=4)
     monkeypatch.undo()

@@ -31,9 +31,9 @@ def search(tmp_path: Path, overrides: Callable[..., list[str]]) -> Search:
 @pytest.fixture
 def lossless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The jobs of these numbers leave what an evaluator that gives no loss would have told."""
-    from fedzo.commands import train
+    from fedzo.commands import resume
 
-    start = train.start_or_resume_run
+    start = resume.start_or_resume_run
 
     def scored(config: Any, run_dir: Path, *, overrides: list[str]) -> None:
         start(config, run_dir, overrides=overrides)
@@ -44,7 +44,7 @@ def lossless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         lines = [{**line, "loss": None} if line["kind"] == "score" else line for line in told]
         metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    monkeypatch.setattr(train, "start_or_resume_run", scored)
+    monkeypatch.setattr(resume, "start_or_resume_run", scored)
 
 
 def dev_scores(folder: Path, key: str) -> dict[str, list[float]]:
@@ -81,10 +81,10 @@ def test_a_search_optimises_the_dev_score_that_chooses_the_best_round(
 def test_a_search_survives_a_job_that_fails_and_goes_on_when_it_is_repeated(
     search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedzo.commands import train
+    from fedzo.commands import resume
     from fedzo.errors import NumericsError
 
-    start, failing = train.start_or_resume_run, {"job": 1}
+    start, failing = resume.start_or_resume_run, {"job": 1}
 
     def sometimes(config: Any, run_dir: Path, *, overrides: list[str]) -> None:
         start(config, run_dir, overrides=overrides)
@@ -92,7 +92,7 @@ def test_a_search_survives_a_job_that_fails_and_goes_on_when_it_is_repeated(
             (run_dir / "metrics.jsonl").write_text("")  # it ended before anything was told
             raise NumericsError("round 1: the loss must be finite, got nan.")
 
-    monkeypatch.setattr(train, "start_or_resume_run", sometimes)
+    monkeypatch.setattr(resume, "start_or_resume_run", sometimes)
     assert search(SEARCHED) == 1
 
     told = capsys.readouterr()

@@ -22,7 +22,8 @@ import fedzo.models.adapters  # noqa: F401  (its libraries log an error when imp
 from fedzo.commands.evaluate import evaluate_run
 from fedzo.commands.export import export_run
 from fedzo.commands.replay import replay_run
-from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.resume import resume_run
+from fedzo.commands.train import start_run
 from fedzo.config.load import load
 from fedzo.config.schema import LaunchConfig, SiteConfig
 from fedzo.data.partition import partition
@@ -37,11 +38,12 @@ from fedzo.models.config import ModelConfig
 from fedzo.models.digest import parameters_digest
 from fedzo.models.load import _read, load_model
 from fedzo.models.loaded import LoadedModel
+from fedzo.records.texts import write_whole
 from fedzo.run import apps, site_model
 from fedzo.run.peer import Peer, open_model
 from fedzo.run.process import Process, forget_process, keep_process, leave_other, read_anew, this_process
 from fedzo.run.site_model import SiteModel
-from fedzo.run.start import open_run, write_whole
+from fedzo.run.start import open_run
 from fedzo.system import SITE_ARTIFACTS_ENV
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
@@ -480,7 +482,7 @@ def test_a_site_loads_its_model_once_and_each_run_begins_with_the_base(
         assert artifact is not None
         replica = peer.workspace(artifact).replica
         replica.advance(log.records)
-        replica.verify(log.rounds[-1])  # it has the trained values of the run
+        replica.verify(log.public[-1])  # it has the trained values of the run
     assert len(loads) == 1
 
     save_model_for(trainers[0], model)  # the same once more, but who knows

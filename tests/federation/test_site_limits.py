@@ -16,8 +16,8 @@ from fedzo.config.travel import from_json, load_site
 from fedzo.errors import ConfigError
 from fedzo.fl.exchange import Outbox
 from fedzo.run import apps
-from fedzo.run.preparation import Preparations
 from fedzo.run.process import Process, open_process
+from fedzo.run.staging import Staging
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -130,10 +130,10 @@ def test_each_site_refuses_by_its_own_limit_and_the_server_learns_a_number(
 def test_rows_that_are_too_few_for_the_site_are_refused_before_any_stage_works_on_them(
     run: Run, sites: Sites, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many rows a stage prepares would tell their number."""
+    """How many rows a stage works on would tell their number."""
     sites.add(0, "min_rows: 10")
     begun: list[int] = []
-    monkeypatch.setattr(Preparations, "look", lambda self, client: begun.append(client))
+    monkeypatch.setattr(Staging, "look", lambda self, client: begun.append(client))
 
     with pytest.raises(ConfigError, match="client 0 cannot take part: refusal 18, "):
         run(*SETTINGS, "preprocess=[identity]", "fl.num_clients=1", sites.path, "strategy.startup_s=5")

@@ -12,7 +12,7 @@ import pytest
 
 from fedzo.commands.mask import make_mask
 from fedzo.commands.replay import replay_client, replay_run
-from fedzo.commands.train import resume_run
+from fedzo.commands.resume import resume_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.server.rounds import Server
@@ -31,9 +31,9 @@ VPCS = ["step_policy=vpcs", *SHORT, "step_policy.tests=[ratio,level]", "step_pol
 KINDS = {
     "vpcs": [*VPCS, "step_policy.level_threshold=1.3"],
     "vpcs graded by GradIP": [*VPCS, "step_policy.statistic=gradip", "step_policy.graded=true"],
-    "vpcs, own seeds, Adam": [
+    "vpcs, own directions, Adam": [
         *VPCS,
-        "fl.seeds=per_client",
+        "fl.directions=per_client",
         "server_optimizer=adam",
         "step_policy.level_threshold=1.01",
     ],

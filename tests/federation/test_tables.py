@@ -20,8 +20,9 @@ from fedzo.bench.step import open_bench
 from fedzo.cli import main
 from fedzo.commands.mask import make_mask
 from fedzo.commands.replay import replay_run
+from fedzo.commands.resume import resume_run
 from fedzo.commands.run_folder import read_launch, read_run, rebuild
-from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.train import start_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, FedzoError
 from fedzo.models.config import ModelConfig

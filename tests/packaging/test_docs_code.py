@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -37,14 +38,14 @@ PUBLIC = {
     "fedzo.testing": "check_estimator check_evaluator check_partition check_server_optimizer check_space check_stage "
     "check_trainer",
     "fedzo.testing.tiny_models": "tiny_loaded",
-    "fedzo.trainers": "Built InputsConfig Prepared TRAINERS TrainerConfig TrainerTraits Workplace",
+    "fedzo.trainers": "Built InputsConfig Prepared TRAINERS TrainerConfig TrainerContext TrainerTraits",
     "fedzo.trainers.artifacts": "Artifact",
     "fedzo.zo.config": "Distribution",
     "fedzo.zo.directions": "SHARED add_direction",
     "fedzo.zo.estimator": "ESTIMATORS EstimatorConfig EstimatorTraits Fzoo GradientEstimator LossFn OneSided "
     "Projection TwoPoint ZerothOrderConfig projections",
+    "fedzo.zo.keys": "step_keys",
     "fedzo.zo.log": "RoundRecord",
-    "fedzo.zo.seeds": "step_keys",
     "fedzo.zo.server_optimizer": "SERVER_OPTIMIZERS ServerOptimizerConfig ServerOptimizerTraits build_server_optimizer "
     "decay round_direction step_along",
     "fedzo.zo.spaces.base": "Space Values",
@@ -141,6 +142,25 @@ def test_loop_of_the_how_to_learns_and_its_scalars_make_the_same_bits(tmp_path: 
     assert same == "the same bits: True"
 
 
+def test_pandas_lines_of_the_guide_keep_jobs_whose_key_is_empty_or_null(tmp_path: Path) -> None:
+    numbers = ("dev_loss", "test_after", "test_loss", "bytes_per_client", "forwards", "round_seconds")
+    rows = [("trainer.lr", "metric", "state", *numbers)]
+    finished = [("", "0.5", "finished"), ("", "0.7", "finished"), ("null", "0.4", "finished")]
+    for lr, loss, state in [*finished, ("1", "0.1", "failed")]:
+        rows.append((lr, "accuracy", state, loss, "", *(4 * ("8",))))
+    (tmp_path / "SWEEP").mkdir()
+    (tmp_path / "SWEEP" / "sweep.csv").write_text("".join(",".join(row) + "\n" for row in rows), encoding="utf-8")
+    text = code("how-to-trackers-and-sweeps.md", "python")
+    program = tmp_path / "table.py"
+    told = "\nfor name in ('seeds', 'bytes_per_client', 'dev_loss'):\n    print(table[name].round(6).tolist())\n"
+    program.write_text(text + told, encoding="utf-8")
+
+    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-3:] == ["[1, 2]", "[8.0, 8.0]", "[0.4, 0.6]"]
+
+
 def test_plugins_of_the_how_tos_pass_the_checks_as_their_page_calls_them(tmp_path: Path) -> None:
     package = tmp_path / "my_package"
     package.mkdir()
@@ -200,6 +220,23 @@ def test_command_line_of_the_how_to_composes(tmp_path: Path) -> None:
 
     assert config.task.template == "{text} This product is"
     assert config.task.label == "stars"
+
+
+def test_rows_that_list_their_candidates_fit_the_command_line_of_the_how_to(tmp_path: Path) -> None:
+    from fedzo.config.load import load
+    from fedzo.data.tasks import render
+
+    page = (ROOT / "docs" / "how-to-own-task.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("## Candidates in a list")
+    row, command = re.findall(r"^```\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[:2]
+    rows = tmp_path / "questions.jsonl"
+    rows.write_text(row, encoding="utf-8")
+
+    words = shlex.split(command.replace("\\\n", " ").replace("questions.jsonl", str(rows)))
+    rendered = render(json.loads(row), load(words[2:]).task)
+
+    assert rendered.prompt == "Question: Which gas do plants take in? Answer:"
+    assert (rendered.label, rendered.answers) == (1, (" oxygen", " carbon dioxide", " helium", " neon"))
 
 
 def test_the_paper_s_tests_of_the_how_to_know_no_limit_on_the_share_of_flagged_clients() -> None:
@@ -268,8 +305,6 @@ def test_what_the_pages_import_and_the_guides_name_is_the_public_interface_and_i
 
 def named_by_guides() -> set[str]:
     """Classes of fedzo, and what stands with its module, in the text of the how-to guides."""
-    from fedzo.registry import ENTRY_POINT_GROUP
-
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "fedzo").rglob("*.py")]
     classes = {name for source in sources for name in re.findall(r"^class (\w+)", source, re.MULTILINE)}
     named: set[str] = set()
@@ -277,7 +312,7 @@ def named_by_guides() -> set[str]:
         text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         for piece in re.findall(r"`([^`]+)`", text):
             named |= classes & {*re.findall(r"\w+", piece)}
-            paths = {*re.findall(r"\bfedzo(?:\.\w+)+", piece)} - {ENTRY_POINT_GROUP}
+            paths = {*re.findall(r"\bfedzo(?:\.\w+){2,}", piece)}
             named |= {path.rpartition(".")[2] for path in paths if not is_module(path)}
     return named
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedzo.errors import Problem, at_least
-from fedzo.trainers import TRAINERS, Built, Prepared, TrainerConfig, TrainerTraits, Workplace
+from fedzo.trainers import TRAINERS, Built, Prepared, TrainerConfig, TrainerContext, TrainerTraits
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
 
@@ -42,7 +42,7 @@ class Stripes:
 
     config: StripesConfig
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
         return Prepared()
 
     def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
@@ -51,9 +51,7 @@ class Stripes:
             for name, module in loaded.model.named_modules()
             if type(module) is nn.Linear and "lm_head" not in name
         }
-        space = MaskedSpace(loaded.model, indices, distribution=distribution)
-        base = space.values()
-        return Built(space, lambda: space.load(base))
+        return Built.of(MaskedSpace(loaded.model, indices, distribution=distribution))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,13 +8,24 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fedzo import system
 from fedzo.runtime.local import share_of_cpus
-from fedzo.system import _commit_of, _git_commit, code_version, default_threads, environment, usable_cpus
+from fedzo.system import (
+    _commit_of,
+    _git_commit,
+    code_version,
+    default_threads,
+    environment,
+    on_device,
+    usable_cpus,
+)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to CPUs")
@@ -218,3 +229,49 @@ def test_a_source_tree_that_nobody_installed_has_no_problems_of_packages(monkeyp
     monkeypatch.setattr(system, "requires", requires)
 
     assert system.package_problems() == {}
+
+
+class Card(TorchFunctionMode):
+    """Stands for a card: does on the CPU what copies numbers there, and keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Any, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ not in ("pin_memory", "to"):
+            return func(*args, **kwargs)
+        self.asked.append((func.__name__, *args[1:], kwargs))
+        return args[0].clone()
+
+
+def test_a_copy_to_a_card_comes_from_page_locked_memory_and_is_not_waited_for() -> None:
+    numbers, card = np.arange(6).reshape(2, 3), torch.device("cuda", 1)
+
+    with Card() as asked:
+        made = on_device(numbers.T, card)
+    with Card() as on_host:
+        on_device(numbers, torch.device("cpu"))
+
+    assert made.tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert asked.asked == [("pin_memory", {}), ("to", card, {"non_blocking": True})]
+    assert on_host.asked == [("to", torch.device("cpu"), {})]
+
+
+@pytest.mark.gpu
+def test_numbers_reach_a_busy_card_as_they_were_when_they_were_handed_over() -> None:
+    card, numbers = torch.device("cuda"), np.zeros(1000, np.int64)
+    locked = [on_device(numbers, card), *(torch.from_numpy(numbers).pin_memory() for _ in range(8))]
+    del locked  # torch keeps the memory: to lock more of it may wait
+    torch.cuda.synchronize()
+
+    torch.cuda._sleep(1 << 30)
+    made = []
+    for number in range(8):
+        numbers[:] = number
+        made.append(on_device(numbers, card))
+    is_busy = not torch.cuda.current_stream().query()
+
+    assert is_busy
+    assert [each.unique().tolist() for each in made] == [[number] for number in range(8)]

@@ -35,7 +35,7 @@ class PartitionTraits:
     """What the rules on other parts of a run must know of a partition.
 
     Attributes:
-        by_label: Whether rows are dealt by their labels, which a task of written answers does not have.
+        by_label: Whether rows are dealt by their labels, which not every task has.
         own_rows: Whether clients read rows of their own, so that the server has none.
     """
 

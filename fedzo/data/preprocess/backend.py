@@ -34,6 +34,7 @@ class Request:
         seed: Of the sampling; told only where ``temperature`` is above 0.
         max_tokens: Most tokens of the answer.
         schema: JSON schema that the answer should have; a backend may ignore it, so nothing relies on it.
+        where: What its row is called in an error; it is not sent.
     """
 
     messages: tuple[Message, ...]
@@ -42,6 +43,7 @@ class Request:
     seed: int
     max_tokens: int
     schema: Mapping[str, Any] | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)

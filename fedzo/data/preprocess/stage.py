@@ -63,7 +63,7 @@ class Progress(NamedTuple):
 
 
 class Stage(Protocol):
-    """One stage of the preparation of training rows."""
+    """One stage that training rows go through."""
 
     @property
     def column(self) -> str | None:

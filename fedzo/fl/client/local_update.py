@@ -1,7 +1,7 @@
 """What a client measures and does between a request to train and its reply.
 
 A local update is of one of two kinds: ``ScalarUpdate`` (``fedzo.fl.client.scalar_update``) or ``VectorUpdate``
-(``fedzo.fl.client.vector_update``). Their other halves at the server are ``fedzo.fl.server.updates``.
+(``fedzo.fl.client.vector_update``). Their other halves at the server are ``fedzo.fl.server.aggregator``.
 """
 
 from __future__ import annotations
@@ -10,47 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
-
 from fedzo.data.encode import Example
 from fedzo.data.rows import batch_rows
 from fedzo.fl.messages import TrainRequest
-from fedzo.fl.replica import Replica
-from fedzo.models.loaded import LoadedModel
-from fedzo.models.lower_layers import LowerLayers
-from fedzo.models.products import RoundedProducts
-from fedzo.records.metrics import Forwards
-
-
-@dataclass(slots=True)
-class Workspace:
-    """A model with the run's space on it, and the size of forwards that fit: what a process measures with.
-
-    Attributes:
-        loaded: The model.
-        replica: The space, moved along the log.
-        tokens_per_batch: Most tokens in one forward.
-        forward_cost_tokens: What one more forward costs, in tokens (``Planning``).
-        lower: The blocks that no trained value lies in or below, where a step runs them once.
-        products: How its steps multiply float32 matrices, if they may round (``fedzo.models.products``).
-    """
-
-    loaded: LoadedModel
-    replica: Replica
-    tokens_per_batch: int
-    forward_cost_tokens: int
-    lower: LowerLayers | None = None
-    products: RoundedProducts | None = None
-
-    @property
-    def forwards(self) -> Forwards:
-        """What it measures in."""
-        held = (each.dtype for each in self.loaded.model.parameters() if each.is_floating_point())
-        return Forwards(
-            dtype=str(next(held, torch.float32)).removeprefix("torch."),
-            products=self.products.name if self.products else "",
-            tokens_per_batch=self.tokens_per_batch,
-        )
+from fedzo.fl.replica import Workspace
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,19 +13,22 @@ import torch
 
 from fedzo.data.encode import Example
 from fedzo.errors import PluginError
-from fedzo.fl.client.local_update import Batches, Workspace
+from fedzo.fl.client.local_update import Batches
 from fedzo.fl.clip import NO_BOUND, clip, sent_losses
 from fedzo.fl.config import Aggregation, directions_of
 from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_to_bytes
+from fedzo.fl.replica import Workspace
 from fedzo.models.forwards import OnRows, Planning
 from fedzo.models.lower_layers import StepStates
 from fedzo.models.products import use_products
 from fedzo.models.scoring import example_losses
 from fedzo.registry import returned
+from fedzo.system import is_out_of_memory
 from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
-from fedzo.zo.log import Drift, Scalars, local_step, probe_shares
-from fedzo.zo.seeds import step_keys
+from fedzo.zo.keys import step_keys
+from fedzo.zo.log import Scalars
 from fedzo.zo.spaces.base import MasterSpace, RowWeights, Space
+from fedzo.zo.steps import Drift, local_step, probe_shares
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -122,11 +125,11 @@ class ScalarUpdate:
     def look_ahead(self, workspace: Workspace, requests: Mapping[int, TrainRequest]) -> None:
         """Evaluate local steps of these clients in joint forwards; ``estimate`` then takes the results from here.
 
-        Clients that share seeds are at the same theta with the same directions in a round's first step, so their rows
-        can share forwards. In later steps (T > 1) each is somewhere else, and the space must have a way to compute
-        rows with weights of their own (``row_weights``); without one those steps are each client's own. The losses
-        differ from those of separate forwards in their last bits only: a product's rounding depends on the number of
-        its rows.
+        Clients that share directions are at the same theta in a round's first step, so their rows can share
+        forwards. In later steps (T > 1) each is somewhere else, and the space must have a way to compute rows with
+        weights of their own (``row_weights``). Without one, or where memory does not hold them, those steps are each
+        client's own. The losses differ from those of separate forwards in their last bits only: a product's rounding
+        depends on the number of its rows.
 
         Args:
             workspace: The model, at the round's start.
@@ -144,10 +147,13 @@ class ScalarUpdate:
                 estimates = self._estimate_together(
                     workspace, walking, step=step, own=own if step else None, offset_of=walks.offset
                 )
-            except NotImplementedError as error:
-                if step == 0:
+            except (RuntimeError, MemoryError) as error:
+                if step == 0 or not (isinstance(error, NotImplementedError) or is_out_of_memory(error)):
                     raise
-                log.warning("clients cannot share the forwards of later local steps with this model: %s", error)
+                log.warning(
+                    "clients cannot share the forwards of later local steps with this model on this device: %s",
+                    " ".join(str(error).split())[:400],
+                )
                 self._walks_together = False
                 return
             for (client, request), projections in zip(walking.items(), estimates, strict=True):

@@ -12,9 +12,10 @@ import torch
 from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.errors import PluginError
-from fedzo.fl.client.local_update import Batches, Workspace
+from fedzo.fl.client.local_update import Batches
 from fedzo.fl.clip import sent_losses
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_to_bytes
+from fedzo.fl.replica import Workspace
 from fedzo.models.arithmetic import DIFFERENTIABLE
 from fedzo.models.forwards import Planning
 from fedzo.models.loaded import LoadedModel

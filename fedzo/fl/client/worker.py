@@ -20,7 +20,7 @@ from fedzo.errors import FedzoError, ProtocolError, printable
 from fedzo.evaluate import Evaluator, evaluate
 from fedzo.evaluate.base import LOSS
 from fedzo.fl.artifact_transfer import receive
-from fedzo.fl.client.local_update import LocalUpdate, Workspace
+from fedzo.fl.client.local_update import LocalUpdate
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.limits import Limits
 from fedzo.fl.messages import (
@@ -37,6 +37,7 @@ from fedzo.fl.messages import (
     TrainRequest,
     scalars_to_bytes,
 )
+from fedzo.fl.replica import Workspace
 from fedzo.fl.site_limits import (
     SiteError,
     answers_any,
@@ -85,7 +86,7 @@ class Clients(Protocol):
         """
         ...
 
-    def prepare(self, client: int) -> Progress | None:
+    def progress(self, client: int) -> Progress | None:
         """How far the stages of a client are; None where its rows are ready."""
         ...
 
@@ -165,8 +166,8 @@ class ClientWorker:
         return HelloReply(
             num_train=len(data.train),
             num_heldout=len(told),
-            num_train_cut=_leaving_cut(site, data.train),
-            num_heldout_cut=_leaving_cut(site, told),
+            num_train_cut=_leaving_cut(site, [example.cut for example in data.train]),
+            num_heldout_cut=_leaving_cut(site, [example.scored_cut for example in told]),
             rows_digest=registered,
             label_counts=json.dumps(dict(data.label_counts)),
             stages=json.dumps(leaving_figures(site, data.figures, num_train=len(data.train))),
@@ -187,7 +188,7 @@ class ClientWorker:
         if (request.client, request.round) in self._absent:
             raise SiteError(Refusal.absent)
         self._limits.check_steps(request)
-        self._must_be_prepared(request.client)
+        self._must_be_ready(request.client)
         workspace, status = self._reach(request)
         if workspace is None or status is not Status.ok:
             return self.update.reply_type(status=status, position=workspace.replica.position if workspace else 0)
@@ -215,7 +216,7 @@ class ClientWorker:
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
         """Score the model of the request's round on the client's held-out rows, and tell what the site lets out."""
         self._check_part(request.client)
-        self._must_be_prepared(request.client)
+        self._must_be_ready(request.client)
         workspace, status = self._reach(request)
         if workspace is None or status is not Status.ok:
             return EvaluateReply(status=status, position=workspace.replica.position if workspace else 0)
@@ -256,10 +257,10 @@ class ClientWorker:
         score = evaluate(name, evaluator, workspace.loaded, rows, task, tokens_per_batch=workspace.tokens_per_batch)
         return leaving(site, score, num_labels=num_labels(task))
 
-    def _must_be_prepared(self, client: int) -> None:
+    def _must_be_ready(self, client: int) -> None:
         """Within a round nobody waits for stages: a process that was started again finds their result, or says so."""
         try:
-            ready = self._clients.prepare(client) is None
+            ready = self._clients.progress(client) is None
         except RowsChangedError as error:
             raise SiteError(Refusal.changed, str(error)) from error
         if not ready:
@@ -292,8 +293,8 @@ def _refusal(error: Exception) -> Refusal:
     return Refusal.rewriter if isinstance(error, EndpointError | RecipeError) else Refusal.rows
 
 
-def _leaving_cut(limits: SiteLimitsConfig, examples: list[Example]) -> int:
-    return leaving_count(limits, sum(example.cut for example in examples), of=len(examples))
+def _leaving_cut(limits: SiteLimitsConfig, cut: list[bool]) -> int:
+    return leaving_count(limits, sum(cut), of=len(cut))
 
 
 def log_failure(client: int | None, error: BaseException) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from fedzo.errors import ProtocolError, printable, some_reasons
 from fedzo.fl.exchange import Grid, Outbox, Question, message_of, read
 from fedzo.fl.messages import Hello, HelloReply, Identity
-from fedzo.fl.server.registration import Pace, Place, Preparing, Shortage, registration_problem, setup_of
+from fedzo.fl.server.registration import Pace, Place, Shortage, StagingProgress, registration_problem, setup_of
 from fedzo.records.metrics import ClientSetup
 from fedzo.records.presence import ClientPresence, Presence
 
@@ -308,7 +308,7 @@ class ClientRegistry:
         place.due, place.greetings, place.unable = now + PREPARING_S, 0, False
         self._reasons.pop(place.node, None)
         logged = place.preparing.logged if place.preparing else now - TELL_S
-        place.preparing = Preparing(reply.prepared, reply.preparing, reply.version, logged)
+        place.preparing = StagingProgress(reply.prepared, reply.preparing, reply.version, logged)
         if client not in self._most or reply.prepared > self._most[client][0]:
             self._most[client] = reply.prepared, now
         if now >= logged + TELL_S:
@@ -327,7 +327,7 @@ class ClientRegistry:
 
     def _silent(self, clients: Sequence[int]) -> str:
         """Those of them of whom the log says nothing else, and what they lack."""
-        mute = self._mute()
+        mute = set(self._mute())
         lack = {k: "no answer yet" if k in mute else "not connected" for k in clients}
         return some_reasons([f"client {k} ({what})" for k, what in lack.items() if k in mute or k not in self._places])
 

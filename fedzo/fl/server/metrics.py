@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedzo.fl.exchange import Traffic
-from fedzo.fl.server.aggregate import Result
-from fedzo.fl.server.updates import Replies
+from fedzo.fl.server.aggregator import Replies, Result
 from fedzo.records.fields import MAX_TEXT
 from fedzo.records.log import ClientAudit, RoundAudit
 from fedzo.records.metrics import ClientRound, Round, StepSignals

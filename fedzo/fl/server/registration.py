@@ -29,7 +29,7 @@ class Silence:
 
 
 @dataclass(slots=True)
-class Preparing:
+class StagingProgress:
     """How far a client is whose stages work on its rows, by its own words."""
 
     done: int
@@ -51,7 +51,7 @@ class Place:
     reply: HelloReply | None = None  # until refresh judges it
     unable: bool = False  # it has said that it cannot take part
     registered: bool = False
-    preparing: Preparing | None = None
+    preparing: StagingProgress | None = None
     silence: Silence | None = None  # until it answers what it is asked, which a greeting is not
 
     def fall_silent(self, round: int) -> None:

@@ -11,7 +11,7 @@
     refuse what cannot be used; c = weighted mean of g
     commit to the log (fsync); move theta by the server optimizer
 
-Where clients compute gradients, a VectorReply holds n numbers instead. ``Updates`` is all that knows of the difference.
+Where clients compute gradients, a VectorReply holds n numbers instead. Only the ``Aggregator`` knows the difference.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fedzo.fl.exchange import Answers, Grid, Traffic
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import EvaluateReply, EvaluateRequest, TrainRequest
 from fedzo.fl.replica import Replica
-from fedzo.fl.server.aggregate import Result, client_weights
+from fedzo.fl.server.aggregator import Aggregator, Replies, Result
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.metrics import round_metrics
+from fedzo.fl.server.shares import client_weights
 from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, checked_plan, news
 from fedzo.fl.server.sync import StateSync
 from fedzo.fl.server.turnout import Turnout
-from fedzo.fl.server.updates import Replies, Updates
 from fedzo.records.log import AuditLine, RoundAudit
 from fedzo.records.metrics import MetricRecord, Round, StepDecision
 from fedzo.records.presence import Presence
@@ -69,7 +69,7 @@ class Server:
     Attributes:
         replica: The server's own copy of the model, always at the end of the log between rounds.
         artifact: What clients need beside the model to build the space.
-        updates: What is done with replies, by the kind of local update.
+        aggregator: What is done with replies, by the kind of local update.
         step_policy: Says how many local steps each client takes in a round.
         label_counts: Training rows by label of every client, where the server knows them without being told.
         sink: Where metric records go.
@@ -84,7 +84,7 @@ class Server:
     store: RunStore
     artifact: Artifact
     config: RunSettings
-    updates: Updates[Any]
+    aggregator: Aggregator[Any]
     step_policy: StepPolicy
     sink: Sink
     elapsed: Callable[[], float]
@@ -102,6 +102,12 @@ class Server:
     _turnout: Turnout = field(init=False)
 
     def __post_init__(self) -> None:
+        rounds = []
+        for record, audit in zip(self.store.records, self.store.audit, strict=True):
+            self._count_steps(audit)
+            self.aggregator.note(record, audit)
+            rounds.append(audit.round)
+        self.store.check_audit(rounds)
         self._state_sync = StateSync(
             grid=self.grid,
             client_registry=self.client_registry,
@@ -109,6 +115,7 @@ class Server:
             store=self.store,
             artifact=self.artifact,
             config=self.config,
+            acked={client: followed - 1 for client, followed in self._followed.items()},
             beside=self.beside,
         )
         self._turnout = Turnout(
@@ -119,12 +126,6 @@ class Server:
             while_waiting=self.while_waiting,
         )
         self._wire = self.grid.wire_bytes()
-        rounds = []
-        for record, audit in zip(self.store.records, self.store.audit, strict=True):
-            self._count_steps(audit)
-            self.updates.note(record, audit)
-            rounds.append(audit.round)
-        self.store.check_audit(rounds)
         self._payload_bytes = [*accumulate((record.payload_bytes for record in self.store.records), initial=0)]
         self._decision = next(reversed(self.store.metrics_of(StepDecision)), None)
         measured = (line.round_seconds for line in reversed(self.store.metrics) if isinstance(line, Round))
@@ -138,8 +139,8 @@ class Server:
     def catch_up(self, advance: OnProgress = no_progress) -> None:
         """After opening an old log: replay it, and prove the result by its last check."""
         self.replica.goto(self.round, self.store.records, advance)
-        if self.store.rounds:
-            self.replica.verify(self.store.rounds[-1])
+        if self.store.public:
+            self.replica.verify(self.store.public[-1])
 
     def warn_of_cut_sizes(self) -> None:
         """Once the clients have registered: say whose declared rows do not all count."""
@@ -169,10 +170,10 @@ class Server:
         if plan.calibration:
             lr = float(np.float32(server_optimizer.base_lr))  # a warm-up would leave nothing to see
         replies = self._ask(plan, lr=lr)
-        record = self.updates.combine(replies)
+        record = self.aggregator.combine(replies)
         self._warn_if_lost(replies.results)
-        audit = self.updates.audit(record, replies)
-        self.updates.note(record, audit)
+        audit = self.aggregator.audit(record, replies)
+        self.aggregator.note(record, audit)
         self._round_seconds = time.monotonic() - started
         # before the log, which alone makes a round count: what is told of a round that a kill prevents is dropped
         self.sink.write(
@@ -180,8 +181,8 @@ class Server:
                 record,
                 replies,
                 audit,
-                self.updates.signals(record, audit),
-                clipped=self.updates.num_clipped(replies),
+                self.aggregator.signals(record, audit),
+                clipped=self.aggregator.num_clipped(replies),
                 wire=self._wire_since(),
                 down_bytes=self._down_bytes(record, replies.results),
                 seconds=self.elapsed(),
@@ -219,8 +220,8 @@ class Server:
 
     def _ask(self, plan: Plan, *, lr: float) -> Replies[Result]:
         """What the round's clients (``Turnout.groups``) are asked, and what they answer."""
-        bound, weights, strategy = self.updates.bound(), self._weights, self.config.strategy
-        self.grid.limit_replies(self.updates.reply_bytes(max(plan.steps.values())))
+        bound, weights, strategy = self.aggregator.bound(), self._weights, self.config.strategy
+        self.grid.limit_replies(self.aggregator.reply_bytes(max(plan.steps.values())))
         results: dict[int, Result] = {}
         refused: dict[int, str] = {}
         traffic = Traffic()
@@ -231,13 +232,13 @@ class Server:
                 )
                 for client in group
             }
-            answers = self._state_sync.ask(requests, self.updates.reply_type)
+            answers = self._state_sync.ask(requests, self.aggregator.reply_type)
             traffic += answers.traffic
             for client in answers.replies:
                 refused.pop(client, None)
             refused |= answers.refused
             results |= self._usable(answers.replies, requests, refused)
-            far_off = self.updates.far_off(results) if strategy.clip_factor else {}
+            far_off = self.aggregator.far_off(results) if strategy.clip_factor else {}
             for client, reason in far_off.items():
                 self._refuse(client, reason, refused)
                 del results[client]
@@ -266,7 +267,7 @@ class Server:
         results: dict[int, Result] = {}
         for client, reply in replies.items():
             try:
-                results[client] = self.updates.check(reply, requests[client])
+                results[client] = self.aggregator.check(reply, requests[client])
             except ProtocolError as error:
                 self._refuse(client, str(error), refused)
         return results

@@ -46,6 +46,7 @@ class StateSync:
 
     Attributes:
         artifact: What clients need beside the model to build the space.
+        acked: By client, the round at whose start it was last. A new process says itself that it is behind that.
         beside: Called again and again while replies are awaited.
     """
 
@@ -55,8 +56,8 @@ class StateSync:
     store: RunStore
     artifact: Artifact
     config: RunSettings
+    acked: dict[int, int] = field(default_factory=dict)
     beside: Callable[[], None] = lambda: None
-    _acked: dict[int, int] = field(default_factory=dict)
     _given_values: set[int] = field(default_factory=set)
     _packed: bytearray = field(default_factory=bytearray)
     _ends: list[int] = field(default_factory=lambda: [0])  # of the first so many records in _packed
@@ -97,14 +98,14 @@ class StateSync:
         self, client: int, request: Request, fields: Callable[[int, bool], Mapping[str, Any]], reply_type: type[Reply]
     ) -> Talk[Reply]:
         """Ask one client, and help it to the server's state until it can answer. Nothing that was sent is kept."""
-        start, values, was_told = self._acked.get(client, 0), False, False
+        start, values, was_told = self.acked.get(client, 0), False, False
         for _ in range(ATTEMPTS):
             by_values = values or self._sends_values(start)
             from_round = self._round if by_values else start
             reply = yield Question(replace(request, **fields(from_round, by_values)), reply_type)
             match reply.status:
                 case Status.ok:
-                    self._acked[client] = self._round
+                    self.acked[client] = self._round
                     if from_round < self._round:  # its replay is the server's
                         self._given_values.discard(client)
                     return cast(Reply, reply)
@@ -133,8 +134,7 @@ class StateSync:
         raise ProtocolError("could not reach the server's state")
 
     def forget(self, client: int) -> None:
-        """A client came back as a new process: it starts from its base model."""
-        self._acked.pop(client, None)
+        """A client came back, perhaps as a new process: what values it was sent counts no more."""
         self._given_values.discard(client)
 
     @property

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedzo.fl.exchange import Grid
-from fedzo.fl.server.aggregate import sampling_order
 from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -102,3 +102,13 @@ class Turnout:
             self.while_waiting()
             time.sleep(PAUSE_S)
         self._left_s = max(0.0, ends - time.monotonic())
+
+
+def sampling_order(*, run_seed: int, round: int, num_clients: int, connected: Container[int]) -> list[int]:
+    """All clients in the order in which a round that needs only some takes them; those that are connected come first.
+
+    While all are connected it is a function of run seed and round alone.
+    """
+    order: list[int] = permutation(stream_key(run_seed, round=round), num_clients, purpose=PURPOSE_SAMPLING).tolist()
+    away = [client for client in order if client not in connected]
+    return [client for client in order if client in connected] + away

@@ -102,8 +102,14 @@ def numbers_of(record: MetricRecord) -> tuple[int, dict[str, float]]:
         case Summary():
             step = record.rounds
             found = {name: getattr(record, name) for name in _SUMMARY}
-            scores = {"test_before": record.before, "test_after": record.after, "worst_client": record.worst_client}
+            scores = {
+                "dev": record.dev,
+                "test_before": record.before,
+                "test_after": record.after,
+                "worst_client": record.worst_client,
+            }
             found |= {name: score.value for name, score in scores.items() if score}
+            found["dev_loss"] = record.dev.loss if record.dev else None
             found = {f"summary/{name}": number for name, number in found.items()}
         case _:
             step = 0

@@ -72,8 +72,9 @@ class TensorBoard:
             key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for key, value in settings.items()
         }
+        shown = dict.fromkeys(f"summary/{name}" for name in ("dev_loss", "dev", "test_after", "best_round"))
         hparams: Any = summary.hparams
-        for each in hparams(plain, {"summary/test_after": 0.0, "summary/best_round": 0.0}):
+        for each in hparams(plain, shown):
             self._writer.file_writer.add_summary(each)
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
@@ -207,9 +208,14 @@ class Mlflow:
         if self._run is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "fedzo"
             experiment = self._client.get_experiment_by_name(name)
-            artifacts = None if elsewhere else (own.resolve() / "artifacts").as_uri()
-            where = experiment.experiment_id if experiment else self._client.create_experiment(name, artifacts)
-            self._run = self._client.create_run(where, run_name=folder.name)
+            if experiment is None:
+                artifacts = None if elsewhere else (own.resolve() / "artifacts").as_uri()
+                try:
+                    experiment = self._client.get_experiment(self._client.create_experiment(name, artifacts))
+                except MlflowException:  # another job of a sweep may have made it at this very moment
+                    if (experiment := self._client.get_experiment_by_name(name)) is None:
+                        raise
+            self._run = self._client.create_run(experiment.experiment_id, run_name=folder.name)
             replace_file(own / NOTE, to_json(MlflowNote(run=self._run.info.run_id)))
         self._id = self._run.info.run_id
         self._client.update_run(self._id, status="RUNNING")

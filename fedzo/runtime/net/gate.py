@@ -55,7 +55,7 @@ from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.runtime.net.turns import Arrivals, Turns, unless_left
 
 log = logging.getLogger(__name__)
-POLL, SEND = f"{FLEET}pull-messages", f"{RUNTIME}push-messages"
+POLL, REPLY, SEND = f"{FLEET}pull-messages", f"{FLEET}push-messages", f"{RUNTIME}push-messages"
 URGENCY = {f"{FLEET}send-node-heartbeat": 0, POLL: 2}
 """Of the requests that are more urgent or less than the others, whose number is 1."""
 WIRE = "/fedzo/wire"
@@ -63,6 +63,9 @@ WIRE = "/fedzo/wire"
 got since then, up and down."""
 MAX_BODY_BYTES = 16 << 20
 """Of one request; Flower cuts what is longer into chunks of 5 MB."""
+MAX_REPLY_BYTES = 1 << 20
+"""Of the list of a reply's parts, some 70 bytes for each of 4 MiB: enough for vectors of 50 GB. The SuperLink takes up
+a list as a whole, with several statements of SQL for each part, and stores nothing else meanwhile."""
 STRANGER_BODY_BYTES = 64 << 10
 """Of a request of a node that is not registered: only to say who it is."""
 MAX_HELD_BYTES, MAX_HELD_OF_ONE = 1 << 30, 64 << 20
@@ -140,7 +143,8 @@ class Gate:
             self._tell(asker, "it asks too often")
             await answer(send, 429, "too many requests")
             return
-        max_bytes = STRANGER_BODY_BYTES if asker.name is None else MAX_BODY_BYTES
+        max_bytes = MAX_REPLY_BYTES if scope["path"] == REPLY else MAX_BODY_BYTES
+        max_bytes = STRANGER_BODY_BYTES if asker.name is None else max_bytes
         declared = header(scope, b"content-length") or b"0"
         if not declared.isdigit() or len(declared) > 20 or int(declared) > max_bytes:
             await answer(send, 413, "too large")
@@ -228,14 +232,14 @@ class Gate:
             if asker.name is not None:
                 self._down_bytes += response_bytes(event)
             if poll and event.get("body"):  # it got something, and there may be more
-                self._arrivals.forget(poll[0])
+                self._arrivals.forget(*poll)
             await send(event)
 
         poll = _poll(asker, scope, heard)
         came: int | None = None
         async with contextlib.AsyncExitStack() as turn:
             if poll and (bell := self._arrivals.bell(*poll)):
-                await self._hold(poll[0], bell, left, watched)
+                await self._hold(poll, bell, left, watched)
                 return
             wait = turn.enter_async_context(self._turns.one(URGENCY.get(scope["path"], 1)))
             try:
@@ -249,14 +253,16 @@ class Gate:
                     came = self._arrivals.count(poll[1])
                 await self._app(scope, told, again_later(scope, watched))
 
-    async def _hold(self, name: str, bell: asyncio.Event, left: Callable[[], Awaitable[None]], send: Send) -> None:
+    async def _hold(
+        self, poll: tuple[str, int], bell: asyncio.Event, left: Callable[[], Awaitable[None]], send: Send
+    ) -> None:
         """Wait until something has come for a node, and answer that there is nothing if the node is still there."""
         here = True
         try:
             async with asyncio.timeout(0 if self._ending else self._hold_s):
                 here = await unless_left(bell.wait(), left)
         except TimeoutError:
-            self._arrivals.forget(name)  # whatever went wrong, the SuperLink itself is asked now and then
+            self._arrivals.forget(*poll)  # whatever went wrong, the SuperLink itself is asked now and then
         if here:  # no bytes are no message, in Flower's words
             await answer(send, 200, "", kind=b"application/protobuf", hang_up=False)
 

@@ -13,7 +13,7 @@ from flwr.serverapp import ServerApp
 
 from fedzo.errors import ProtocolError
 from fedzo.run.apps import RUN_DIR_KEY
-from fedzo.runtime._flower import ErrorCode, one_federation, quiet_flower
+from fedzo.runtime._flower import SUPERLINK_NODE_ID, ErrorCode, one_federation, quiet_flower
 from fedzo.runtime.config import STARTUP_S
 from fedzo.runtime.net._flower_control import control
 from fedzo.runtime.net._flower_grid import ServerGrid, server_task
@@ -125,11 +125,11 @@ class KeyedGrid(ServerGrid):
 
     def lost(self, reply: Message) -> bool:
         """Whether the SuperLink does not know a question any more, whose reply it has handed to nobody."""
-        return bool(reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE)
+        return _is_of_superlink(reply, ErrorCode.MESSAGE_UNAVAILABLE)
 
     def unreachable(self, reply: Message) -> bool:
         """Whether the SuperLink answers for a node that it has not heard of for the time of its lease."""
-        return bool(reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE)
+        return _is_of_superlink(reply, ErrorCode.NODE_UNAVAILABLE)
 
     def _ask_gate(self) -> None:
         """What it has counted, and whether it is the one that was asked before."""
@@ -158,6 +158,11 @@ class _Full:
         if problem and not self._told:
             log.warning("%s", problem)
         self._told = problem
+
+
+def _is_of_superlink(reply: Message, code: int) -> bool:
+    """Whether a reply is this error and the SuperLink's own: a client may put any code into its reply."""
+    return bool(reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID and reply.error.code == code)
 
 
 def _wait_for(address: str, startup_s: float) -> None:

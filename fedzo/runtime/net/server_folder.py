@@ -86,13 +86,18 @@ class ServerFolder:
         Args:
             path: The folder; made if it is not there, for this user only.
             listening: Where the server is reached.
-            names: Host names and addresses for its certificate.
+            names: Host names and addresses for its certificate; the first is where sites connect to.
             days: How long the certificate is valid.
 
         Raises:
             ConfigError: A file of the authority is missing that sites trust already.
         """
         check_names(names)
+        if names[0].startswith("*."):
+            raise ConfigError(
+                f"--host: the first must be a name at which sites reach this machine, got {names[0]!r}. "
+                "Give that name first, then the wildcard."
+            )
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
         keep_private(make_folder(path / "logs"))  # the folder may have been there, open to others
         folder = cls(path)

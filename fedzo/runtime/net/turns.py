@@ -55,32 +55,34 @@ class Arrivals:
     """What has come since somebody asked for it: of who has never asked it is not known that nothing has."""
 
     def __init__(self) -> None:
-        self._asked: dict[str, int] = {}  # and nothing has come since
+        self._asked: dict[int, str] = {}  # who, by address, and nothing has come since
         self._came = Counter[int]()
         self._bells: dict[str, asyncio.Event] = {}
 
     def came(self, address: int) -> None:
         """Something has come to this address."""
         self._came[address] += 1
-        for name in [name for name, asked in self._asked.items() if asked == address]:
-            self.forget(name)
+        if name := self._asked.get(address):
+            self.forget(name, address)
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, address: int) -> None:
         """Something may have come for this name, which waits no longer."""
-        self._asked.pop(name, None)
+        if self._asked.get(address) == name:
+            del self._asked[address]
         self._ring(name)
 
     def end(self) -> None:
         """Nobody waits any longer."""
+        self._asked.clear()
         for name in [*self._bells]:
-            self.forget(name)
+            self._ring(name)
 
     def bell(self, name: str, address: int) -> asyncio.Event | None:
-        """What is set when something comes; None unless somebody of this name asked, and nothing has come since.
+        """What is set when something comes; None unless this name was the last to ask, and nothing has come since.
 
         One of a name waits: with a second bell the first is set.
         """
-        if self._asked.get(name) != address:
+        if self._asked.get(address) != name:
             return None
         self._ring(name)
         self._bells[name] = bell = asyncio.Event()
@@ -97,7 +99,7 @@ class Arrivals:
     def ask(self, name: str, address: int, *, since: int) -> None:
         """Note that somebody has asked, unless something has come since: ``count`` was ``since`` before he did."""
         if self._came[address] == since:
-            self._asked[name] = address
+            self._asked[address] = name
 
 
 async def unless_left(wait: Coroutine[Any, Any, object], leave: Callable[[], Awaitable[None]]) -> bool:

@@ -13,8 +13,8 @@ from fedzo.testing.conformance.bits import global_generators, must, must_be_same
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.keys import OWN
 from fedzo.zo.log import RoundRecord, VectorRecord, pack, unpack
-from fedzo.zo.seeds import OWN
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Values
 

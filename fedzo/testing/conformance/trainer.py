@@ -15,7 +15,7 @@ from torch import nn
 from fedzo.errors import FedzoError
 from fedzo.testing.conformance.bits import global_generators, model_bits, must, must_be_same_model
 from fedzo.testing.conformance.space import check_space
-from fedzo.trainers import Built, InputsConfig, Prepared, Trainer, Workplace
+from fedzo.trainers import Built, InputsConfig, Prepared, Trainer, TrainerContext
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 from fedzo.zo.config import Distribution
 
@@ -52,7 +52,7 @@ def check_trainer(
         load: Loads a causal language model that takes token ids below 256, always the same one. By default the tiny
             llama of ``fedzo.testing.tiny_models``, in float32.
         held_in: The dtype that holds the trained values: float32 where there is a master, else that of the weights.
-        inputs: Files that the user gave, for a trainer that needs one (``Workplace.inputs``). By default none.
+        inputs: Files that the user gave, for a trainer that needs one (``TrainerContext.inputs``). By default none.
 
     Raises:
         AssertionError: The first rule that does not hold, with what was seen.
@@ -82,7 +82,7 @@ def _check_prepare(
 ) -> Prepared:
     loaded = load()
     before = model_bits(loaded.model)
-    place = Workplace(folder=folder, seed=_RUN_SEED, texts=lambda: list(_TEXTS), inputs=inputs)
+    place = TrainerContext(folder=folder, seed=_RUN_SEED, texts=lambda: list(_TEXTS), inputs=inputs)
     with global_generators(1):
         first = make().prepare(loaded, place)
     must_be_same_model(model_bits(loaded.model), before, "prepare must leave the model as it was")
@@ -103,7 +103,7 @@ def _check_prepare(
     anew = make().prepare(load(), replace(place, resumed=False))
     must(
         anew.artifact.digest == first.artifact.digest,
-        "prepare must read no file of its folder where workplace.resumed is false, and then give the same artifact",
+        "prepare must read no file of its folder where context.resumed is false, and then give the same artifact",
     )
     return first
 

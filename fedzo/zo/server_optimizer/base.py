@@ -23,8 +23,9 @@ import torch
 from fedzo.errors import ConfigError, Problem, not_negative, problem
 from fedzo.registry import PluginConfig, Registry
 from fedzo.zo.directions import add_direction
-from fedzo.zo.log import Drift, LogRecord, RoundRecord, VectorRecord, scalars_and_keys
+from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
 from fedzo.zo.spaces.base import Space, Values
+from fedzo.zo.steps import Drift, scalars_and_keys
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings

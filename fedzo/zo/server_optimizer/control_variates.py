@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from fedzo.errors import Problem, problem
-from fedzo.zo.log import Drift, RoundRecord, local_step
+from fedzo.zo.log import RoundRecord
 from fedzo.zo.server_optimizer.base import (
     SERVER_OPTIMIZERS,
     ControlVariates,
@@ -32,6 +32,7 @@ from fedzo.zo.server_optimizer.base import (
     ServerOptimizerTraits,
 )
 from fedzo.zo.spaces.base import MasterSpace, Space, Values
+from fedzo.zo.steps import Drift, local_step
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedzo.errors import Problem, share_below_1
-from fedzo.zo.log import RoundRecord, VectorRecord, apply_record
+from fedzo.zo.log import RoundRecord, VectorRecord
 from fedzo.zo.server_optimizer.base import (
     SERVER_OPTIMIZERS,
     ServerOptimizer,
@@ -20,6 +20,7 @@ from fedzo.zo.server_optimizer.base import (
     step_along,
 )
 from fedzo.zo.spaces.base import Space, Values
+from fedzo.zo.steps import apply_record
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings

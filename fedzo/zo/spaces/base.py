@@ -232,15 +232,6 @@ class MasterSpace:
         """Let the model compute with ``values``."""
 
 
-def take_steps(space: Space, steps: Sequence[tuple[float, int]]) -> None:
-    """``space.step`` for each (s, key), one after another; what they lead to enters the model once, where it can."""
-    if isinstance(space, MasterSpace) and type(space).step is MasterSpace.step:  # else its steps are others
-        space.steps(steps)
-        return
-    for s, key in steps:
-        space.step(s, key)
-
-
 def as_values(values: Values, size: int) -> Values:
     """``values`` as a space takes them: float32 [size], contiguous."""
     if values.dtype != np.float32 or values.shape != (size,):

@@ -17,6 +17,7 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.system import consecutive
 from fedzo.zo.config import Distribution, Rounding
+from fedzo.zo.directions_cuda import DTYPES
 from fedzo.zo.perturb import GROUPS_KEPT, PerturbedWeights
 from fedzo.zo.spaces.base import GraphLossFn, RowWeights, Values, as_values, differentiate
 from fedzo.zo.tensor_group import all_together, reading_order
@@ -42,7 +43,7 @@ class FullSpace:
         rounding: How a step rounds a 16-bit weight; a float32 one it does not concern.
 
     Raises:
-        ConfigError: A weight holds no real numbers, or a probe would not see every use of it.
+        ConfigError: A weight is not float32, bfloat16 or float16, or a probe would not see every use of it.
     """
 
     perturbs_weights = True
@@ -61,10 +62,11 @@ class FullSpace:
         self._parameters = [*trained.values()]
         _refuse_unseen(model, self._parameters)
         for name, parameter in trained.items():
-            if not parameter.is_floating_point():
+            if parameter.dtype not in DTYPES:
                 raise ConfigError(
-                    f"FullSpace: every trained weight must hold real numbers, but {name!r} is {parameter.dtype}. Leave "
-                    "it out of `parameters`, load the model unquantised, or train an adapter in its place."
+                    f"FullSpace: every trained weight must be float32, bfloat16 or float16, but {name!r} is "
+                    f"{parameter.dtype}. Leave it out of `parameters`, call model.float(), load the model unquantised, "
+                    "or train an adapter in its place."
                 )
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()

@@ -11,6 +11,7 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import fused
+from fedzo.zo.directions_cuda import DTYPES
 from fedzo.zo.spaces.base import GraphLossFn, MasterSpace, RowWeights, differentiate
 from fedzo.zo.spaces.own_weights import OwnWeights
 
@@ -30,7 +31,8 @@ class MaskedSpace(MasterSpace):
         distribution: Law of the directions.
 
     Raises:
-        ConfigError: The model has no such parameter, ``check_indices`` refuses those of one, or there are none.
+        ConfigError: The model has no such parameter, ``check_indices`` refuses those of one, one is not float32,
+            bfloat16 or float16, or there are none.
     """
 
     def __init__(
@@ -46,6 +48,11 @@ class MaskedSpace(MasterSpace):
             if name not in parameters:
                 raise ConfigError(f"mask: the model has no parameter {name!r}. Make the mask for this model.")
             check_indices(name, flat, parameters[name].numel())
+            if flat.numel() and parameters[name].dtype not in DTYPES:
+                raise ConfigError(
+                    f"mask: {name!r} must be float32, bfloat16 or float16, got {parameters[name].dtype}. Call "
+                    "model.float(), or leave it out of the mask."
+                )
             self.places.append((parameters[name], flat.to(parameters[name].device)))
         self._sizes = [flat.numel() for _, flat in self.places]
         if sum(self._sizes) == 0:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fedzo.system import on_device
 from fedzo.zo.perturb import reads_metadata_only
 
 Integers = npt.NDArray[np.intp]
@@ -155,24 +156,28 @@ class _DeviceProducts:
             outputs, lengths = torch.unique_consecutive(flat // weight.shape[1], return_counts=True)
             self._places.append(_Segments(outputs, lengths, flat % weight.shape[1], start))
             start += flat.numel()
+        self._size = start
+        self._device = places[0][0].device
         self._offsets = torch.empty(0, 0)
         self._index = torch.empty(0, dtype=torch.int64)
 
     def follow(self, offsets: Iterable[torch.Tensor], index: Integers) -> None:
         self._offsets = torch.empty(0, 0)
-        self._offsets = torch.stack(list(offsets))
-        self._index = torch.from_numpy(index.astype(np.int64)).to(self._offsets.device)
+        self._offsets = torch.empty(int(index.max()) + 1, self._size, dtype=torch.float32, device=self._device)
+        for room, offset in zip(self._offsets, offsets, strict=True):
+            room.copy_(offset)
+        self._index = on_device(index.astype(np.int64), self._device)
 
     def add(self, place: int, x: torch.Tensor, y: torch.Tensor, tokens: int) -> None:
         outputs, lengths, columns, start = self._places[place]
         if not columns.numel():
             return
-        own = self._offsets[:, start : start + columns.numel()].index_select(0, self._index)  # [B, k]
-        at_once = max(1, _PRODUCTS // (tokens * columns.numel()))  # rows
-        inputs, made = (torch.split(each, at_once * tokens) for each in (x, y))
-        for some, x_part, y_part in zip(torch.split(own, at_once), inputs, made, strict=True):
-            products = x_part.index_select(1, columns).view(len(some), tokens, -1) * some[:, None]
-            flat = products.view(len(y_part), -1).T.contiguous()  # [k, rows * tokens]
+        at_once = max(1, _PRODUCTS // columns.numel())
+        own, whose = self._offsets[:, start : start + columns.numel()], self._index.repeat_interleave(tokens)
+        for x_part, y_part, of in zip(*(torch.split(each, at_once) for each in (x, y, whose)), strict=True):
+            products = x_part.index_select(1, columns)
+            products *= own.index_select(0, of)
+            flat = products.T.contiguous()  # [k, tokens]
             sums = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, unsafe=True)  # unsafe: no look at lengths
             y_part[:, outputs] += sums.T
 

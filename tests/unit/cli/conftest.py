@@ -60,7 +60,7 @@ class _Table:
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """What the commands asked of the services, in order; the working folder is ``tmp_path``."""
     made: Calls = []
-    names = ("train", "replay", "evaluate", "generate", "export", "mask", "doctor")
+    names = ("train", "resume", "replay", "evaluate", "generate", "export", "mask", "doctor")
     modules = {name: ModuleType(f"fedzo.commands.{name}") for name in names}
     modules |= {name: ModuleType(f"fedzo.report.{name}") for name in ("html", "sweep")}
 
@@ -86,9 +86,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
     services = {
         ("train", "start_run"): start_run,
-        ("train", "start_or_resume_run"): start_run,
-        ("train", "resume_run"): note("resume"),
-        ("train", "dev_objective"): lambda folder: 0.5,
+        ("resume", "start_or_resume_run"): start_run,
+        ("resume", "resume_run"): note("resume"),
+        ("resume", "dev_objective"): lambda folder: 0.5,
         ("replay", "replay_run"): note("replay", {"rounds": 3, "digest": "ab"}),
         ("export", "export_run"): note("export", Path("out")),
         ("evaluate", "evaluate_run"): note("evaluate", {"value": 0.75}),

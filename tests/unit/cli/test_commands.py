@@ -19,7 +19,6 @@ from fedzo.errors import ConfigError, ProtocolError
 
 Calls = list[tuple[object, ...]]
 ELSEWHERE = {
-    "resume": "fedzo.commands.train",
     "stop": "fedzo.commands.status",
     "report": "fedzo.report.html",
     "list": "fedzo.config.plugins",
@@ -45,8 +44,12 @@ ELSEWHERE = {
             ("replay client", Path(), {"client": 0, "round": 7, "out": Path("x")}),
             "one\ntwo\n",
         ),
-        (["evaluate", "."], ("evaluate", Path(), {"split": "test"}), '"value": 0.75'),
-        (["evaluate", ".", "--split", "dev"], ("evaluate", Path(), {"split": "dev"}), '"value": 0.75'),
+        (["evaluate", "."], ("evaluate", Path(), {"split": "test", "rounds": None}), '"value": 0.75'),
+        (
+            ["evaluate", ".", "--split", "dev", "--rounds", "3"],
+            ("evaluate", Path(), {"split": "dev", "rounds": 3}),
+            '"value": 0.75',
+        ),
         (["generate", ".", "a", "b"], ("generate", Path(), ["a", "b"], {"max_new_tokens": 32}), "one\ntwo\n"),
         (
             ["generate", ".", "a", "--max-new-tokens", "5"],
@@ -80,7 +83,7 @@ def test_a_resumed_run_logs_where_its_first_part_did(
         logging.getLogger("fedzo.somewhere").warning("client 3 is gone")
         logging.getLogger("flwr").info("a line of Flower")
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.train"], "resume_run", warn)
+    monkeypatch.setattr(sys.modules["fedzo.commands.resume"], "resume_run", warn)
     (tmp_path / "fedzo.log").write_text("before\n")
 
     assert main(["resume", "."]) == 0
@@ -249,8 +252,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    module = "fedzo.commands.train" if command == "resume" else "fedzo.commands.replay"
-    monkeypatch.setattr(sys.modules[module], f"{command}_run", stop)
+    monkeypatch.setattr(sys.modules[f"fedzo.commands.{command}"], f"{command}_run", stop)
 
     assert main([command, run]) == 130
     assert capsys.readouterr().err == f"\nfedzo: interrupted.{hint}\n"

@@ -14,7 +14,7 @@ import pytest
 
 import fedzo.runtime.inline
 from fedzo.commands.run_folder import keep_environment
-from fedzo.commands.train import _with_absolute_paths, launch, serve_run, start_run
+from fedzo.commands.train import launch, serve_run, start_run, with_absolute_paths
 from fedzo.config.schema import LaunchConfig, RunConfig
 from fedzo.config.travel import to_json
 from fedzo.errors import ConfigError, RunFolderError
@@ -93,8 +93,8 @@ class HostedConfig(RuntimeConfig):
 
 
 def test_only_a_key_that_a_runtime_names_as_a_path_becomes_absolute() -> None:
-    hosted = _with_absolute_paths(LaunchConfig(runtime=HostedConfig(server="host:9092")))
-    remote = _with_absolute_paths(LaunchConfig(runtime=RemoteConfig(server="server")))
+    hosted = with_absolute_paths(LaunchConfig(runtime=HostedConfig(server="host:9092")))
+    remote = with_absolute_paths(LaunchConfig(runtime=RemoteConfig(server="server")))
 
     assert hosted.runtime == HostedConfig(server="host:9092")
     assert remote.runtime == RemoteConfig(server=str(Path("server").resolve()))
@@ -107,7 +107,7 @@ def test_a_rewriters_model_becomes_absolute_where_it_is_a_folder_and_keeps_its_n
     (tmp_path / "judge").mkdir()
     given = TransformersConfig(model="smollm2-135m", judge_model="judge", store="answers")
 
-    made = _with_absolute_paths(LaunchConfig(rewriter=given)).rewriter
+    made = with_absolute_paths(LaunchConfig(rewriter=given)).rewriter
 
     folder = tmp_path.resolve()
     assert (made.model, made.judge_model) == ("smollm2-135m", str(folder / "judge"))

@@ -217,6 +217,7 @@ def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp
         (["server", "init", "s", "--host", "m\u00fcnchen.de"], "--host must be a host name or an IP address, got 'm"),
         (["server", "init", "s", "--host", ""], "--host must be a host name or an IP address, got ''"),
         (["server", "init", "s", "--host", "*.a b"], "--host must be a host name or an IP address, got '*.a b'"),
+        (["server", "init", "s", "--host", "*.a.org"], "the first must be a name at which sites reach this machine"),
         (["client", "init", "s", "--server", "h:1", "--ca", "file"], "file: it must be a certificate"),
         (["server", "init", "s", "--port", "7", "--control-port", "7"], "--control-port must differ, got 7. Change"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from fedzo.cli import main
 from fedzo.config.schema import LaunchConfig
 from fedzo.errors import NumericsError, RunFolderError
+from fedzo.system import warn_once
 
 Calls = list[tuple[Any, ...]]
 DIVERGES, INTERRUPTED, BUG, REFUSED = 5, 6, 7, 8
@@ -199,7 +201,7 @@ def test_a_job_that_failed_holds_nothing_in_memory_while_the_others_run(
             if config.seed == 3:
                 raise
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.train"], "start_or_resume_run", start)
+    monkeypatch.setattr(sys.modules["fedzo.commands.resume"], "start_or_resume_run", start)
 
     assert main(["train", "-m", "seed=1,2,3,4", "hydra.sweep.dir=all"]) == 1
     assert seen == [[], [False], [False, False], [False, False, False]]
@@ -265,7 +267,7 @@ def test_what_a_job_says_of_a_file_elsewhere_is_not_told_as_of_its_folder(
     def start(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/no/such/model")
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.train"], "start_or_resume_run", start)
+    monkeypatch.setattr(sys.modules["fedzo.commands.resume"], "start_or_resume_run", start)
 
     with pytest.raises(FileNotFoundError):
         main(["train", "-m", "seed=1", "hydra.sweep.dir=all"])
@@ -284,6 +286,44 @@ def test_a_worker_that_is_ended_from_outside_is_told_in_a_line(
     said = capsys.readouterr()
     assert "fedzo: sweep all: the process of a job was ended from outside, perhaps for lack of memory." in said.err
     assert said.out.startswith("sweep folder: all\n")  # with what the other jobs found
+
+
+@pytest.mark.parametrize("kind", ["UncompletedJobError", "FailedSubmissionError"])
+def test_a_job_of_slurm_that_gives_no_result_is_told_in_a_line(
+    kind: str, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its launcher waits for no other job then: what they do goes on."""
+    failure = getattr(pytest.importorskip("submitit.core.utils"), kind)
+
+    def killed(*_: object) -> None:
+        raise failure("Job 7_1 (task: 0)\nhas not produced any output (state: OUT_OF_MEMORY)")
+
+    monkeypatch.setattr("fedzo.cli.train._hydra", killed)
+
+    assert main(["train", "-m", "seed=1,2", "hydra.sweep.dir=all"]) == 1
+
+    said = capsys.readouterr()
+    assert said.err.endswith(
+        "fedzo: sweep all: a job gave no result. Others may still run: wait for them, and repeat the command with "
+        "hydra.sweep.dir=all. Submitit says: Job 7_1 (task: 0) has not produced any output (state: OUT_OF_MEMORY)\n"
+    )
+    assert "Traceback" not in said.err
+    assert said.out.startswith("sweep folder: all\n")
+
+
+def test_each_job_of_a_sweep_has_in_its_log_what_a_process_is_told_once(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
+        for _ in range(2):
+            warn_once(logging.getLogger("fedzo.somewhere"), "no answer can match")
+
+    monkeypatch.setattr(sys.modules["fedzo.commands.resume"], "start_or_resume_run", start)
+
+    assert main(["train", "-m", "seed=1,2", "hydra.sweep.dir=all"]) == 0
+
+    logs = [Path("all", name, "fedzo.log").read_text(encoding="utf-8") for name in ("seed-1", "seed-2")]
+    assert [text.count("no answer can match") for text in logs] == [1, 1]
 
 
 def test_a_file_may_name_the_folders_of_runs_and_of_sweeps(calls: Calls, tmp_path: Path) -> None:
@@ -412,17 +452,18 @@ def test_launchers_run_the_jobs_in_processes_of_their_own(
     pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].partition('_')[0]}_launcher")
     stand_in = """
         import json, os, sys, types
-        runs, sweep = types.ModuleType("fedzo.commands.train"), types.ModuleType("fedzo.report.sweep")
+        names = ("fedzo.commands.train", "fedzo.commands.resume", "fedzo.report.sweep")
+        starts, goes_on, sweep = made = [types.ModuleType(name) for name in names]
         def start_run(config, run_dir, *, overrides):
             (run_dir / "run.json").write_text(json.dumps([config.seed, os.getppid(), os.getpid()]))
             if config.seed == 13:
                 from fedzo.errors import NumericsError
                 raise NumericsError("not finite.")
-        runs.start_run = runs.start_or_resume_run = start_run
-        runs.dev_objective = lambda folder: 0.5
+        starts.start_run = goes_on.start_or_resume_run = start_run
+        goes_on.dev_objective = lambda folder: 0.5
         sweep.write_sweep_report = lambda folder: (folder / "table.txt").touch()
         sweep.unfinished_jobs = lambda folder: []
-        sys.modules.update({"fedzo.commands.train": runs, "fedzo.report.sweep": sweep})
+        sys.modules.update(zip(names, made))
     """
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(stand_in), encoding="utf-8")  # also in the workers
     source = Path(__file__).resolve().parents[3]

@@ -64,7 +64,8 @@ def test_a_quoted_text_is_that_text_to_hydra(text: str) -> None:
         ("trackers=null", r"^trackers must be one of mlflow, none, tensorboard, wandb, got None\."),
         (
             "fl=foo",
-            r"^fl=foo: fl holds settings and has no value of its own\. Set one of fl\.batch_size, .*fl\.seeds, ",
+            r"^fl=foo: fl holds settings and has no value of its own\. "
+            r"Set one of fl\.batch_size, fl\.directions, .*fl\.rounds, ",
         ),
         ("estimator.distribution=gauss", r"Invalid value 'gauss', expected one of \[gaussian, rademacher\]"),
         ("trainer.selector=best", r"Invalid value 'best', expected one of \[sensitivity, magnitude, random\]"),
@@ -445,6 +446,8 @@ def test_jobs_whose_settings_differ_in_signs_alone_have_two_folders(one: str, ot
         ("data.num_train=8", "split.num_train=8"),
         ("optimizer=adam", "server_optimizer=adam"),
         ("optimizer.lr=0.1", "server_optimizer.lr=0.1"),
+        ("fl.seeds=pool", "fl.directions=pool"),
+        ("task.prepare=copa", "task.derive=copa"),
         ("trainer.mask_path=m.safetensors", "inputs.artifact=m.safetensors"),
     ],
 )

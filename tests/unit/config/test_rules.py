@@ -23,7 +23,7 @@ from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig,
 from fedzo.data.partition.plain import NaturalConfig
 from fedzo.data.preprocess.rephrase.openai_compatible import OpenAICompatibleConfig
 from fedzo.errors import ConfigError
-from fedzo.fl.config import Aggregation, Seeds, Weighting
+from fedzo.fl.config import Aggregation, Directions, Weighting
 from fedzo.masks.select import Selector
 from fedzo.models.available import TORCH_DTYPES
 from fedzo.models.config import DType, TransformersConfig
@@ -193,7 +193,7 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
         ("model.tokens_per_batch", 512),
         ("faults.absent", ["0@0", "7@74"]),
         ("evaluation.federated_every_rounds", -1),
-        ("fl.seeds", Seeds.per_client),
+        ("fl.directions", Directions.per_client),
         ("task.labels", ["neg", "pos"]),
         ("estimator.eps", 0.5),  # may differ from trainer.eps
         ("server_optimizer.final_lr_share", 0.0),
@@ -265,12 +265,12 @@ def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
         ),
         *(
             (
-                {"fl.seeds": other},
+                {"fl.directions": other},
                 "fl.pool_size",
-                "without fl.seeds=pool, got 0.5. Write fl.seeds=pool, or leave it out.",
-                {"fl.seeds": Seeds.pool},
+                "without fl.directions=pool, got 0.5. Write fl.directions=pool, or leave it out.",
+                {"fl.directions": Directions.pool},
             )
-            for other in (Seeds.shared, Seeds.per_client)
+            for other in (Directions.shared, Directions.per_client)
         ),
         (
             {"trainer": MezoConfig(rounding=Rounding.stochastic)},
@@ -428,12 +428,12 @@ def test_an_aggregation_that_compares_scalars_wants_equal_clients_along_the_same
     config.strategy.aggregation = aggregation
 
     assert launch_problems(config) == []
-    config.fl.seeds, config.strategy.weighting = Seeds.per_client, Weighting.size
+    config.fl.directions, config.strategy.weighting = Directions.per_client, Weighting.size
     texts = [problem.text for problem in launch_problems(config)]
 
     assert texts[0] == (
-        f"fl.seeds must be shared for strategy.aggregation={aggregation}, which compares scalars along the same "
-        "direction, got 'per_client'. Write fl.seeds=shared, or strategy.aggregation=mean."
+        f"fl.directions must be shared for strategy.aggregation={aggregation}, which compares scalars along the same "
+        "direction, got 'per_client'. Write fl.directions=shared, or strategy.aggregation=mean."
     )
     assert texts[1].startswith(f"strategy.weighting must be uniform for strategy.aggregation={aggregation}")
 
@@ -443,7 +443,7 @@ def test_as_many_clients_as_a_record_has_columns() -> None:
     config.fl.num_clients = 32768
 
     assert launch_problems(config) == []
-    config.fl.seeds = Seeds.per_client
+    config.fl.directions = Directions.per_client
     (problem,) = launch_problems(config)
     assert problem.text.startswith("fl.num_clients must be at most 32767 where the log keeps each client's own scalars")
 
@@ -486,6 +486,8 @@ def test_written_answers_need_an_answer_template_and_the_lm_loss(kind: TaskKind)
         f"task.answer must not be empty for task.kind={kind}",
         f"task.loss must be lm for task.kind={kind}",
     ]
+    blank = " " if kind is TaskKind.generation else ""
+    assert f"as in task.answer='{blank}{{answer}}'." in launch_problems(config)[0].text
     config.task.answer, config.task.loss = "{answer}", Loss.lm
     assert launch_problems(config) == []
 
@@ -549,6 +551,23 @@ def test_a_partition_by_labels_needs_labels() -> None:
 
         text = f"partition must not depend on labels for task.kind=generation, which has none, got '{name}'."
         assert found == ([] if name in {"iid", "natural"} else [f"{text} Use partition=iid or natural."])
+
+
+def test_candidates_that_rows_list_need_what_does_without_labels() -> None:
+    config = sound()
+    config.task.candidates, config.task.labels = [" {choices}"], ["A", "B", "C", "D", "E"]
+    config.partition = plugin_classes()["partition"]["iid"]()
+    assert launch_problems(config) == []
+
+    config.partition = DirichletConfig()
+    config.task.common_shift = 0.3
+
+    assert sorted(problem.text for problem in launch_problems(config)) == [
+        "partition must not depend on labels for rows that list their own candidates, which have none, got "
+        "'dirichlet'. Use partition=iid or natural.",
+        "task.common_shift must be 1 for rows that list their own candidates, whose scores have nothing in common, "
+        "got 0.3. Leave it out.",
+    ]
 
 
 def test_only_an_embedded_task_goes_without_a_path() -> None:

@@ -150,9 +150,11 @@ def test_a_warm_up_of_the_calibration_alone_is_refused() -> None:
 
 
 def test_an_oracle_needs_labels() -> None:
-    task = ["task=squad", "data.path=."]
+    written = ["task=squad", "data.path=."]
+    listed = ["task=custom", "task.template='{q}'", "task.candidates=[' {c}']", "data.path=.", "partition=iid"]
 
-    assert "step_policy must not be oracle for a task without labels" in complaint("step_policy=oracle", *task)
+    for task in (written, listed):
+        assert "step_policy must not be oracle for a task without labels" in complaint("step_policy=oracle", *task)
 
 
 def test_one_local_step_is_no_error() -> None:

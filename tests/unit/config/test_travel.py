@@ -22,7 +22,7 @@ from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.plain import NaturalConfig, OwnConfig
 from fedzo.errors import ConfigError
-from fedzo.fl.config import Seeds, SiteLimitsConfig
+from fedzo.fl.config import Directions, SiteLimitsConfig
 from fedzo.models.config import BaseConfig, DType, ModelConfig
 from fedzo.runtime.config import LocalConfig, RemoteConfig
 from fedzo.trainers.base import InputsConfig
@@ -55,7 +55,7 @@ def configs(draw: st.DrawFn) -> LaunchConfig:
     config.task.template = "{text}" + draw(plain)
     config.task.candidates = draw(st.lists(plain, min_size=2, max_size=4, unique=True))
     config.data.path = draw(st.none() | texts)
-    config.fl.seeds = draw(st.sampled_from(Seeds))
+    config.fl.directions = draw(st.sampled_from(Directions))
     config.evaluation.central = draw(st.booleans())
     config.trainer = draw(st.builds(MezoConfig, lr=positive, eps=positive) | st.builds(MeerkatConfig, eps=positive))
     dtypes = [dtype for dtype in DType if dtype is not DType.auto or isinstance(config.trainer, MeerkatConfig)]
@@ -125,8 +125,8 @@ def test_plugins_are_named_by_their_option() -> None:
         (lambda plain: plain["fl"].update(rounds="3"), r"fl\.rounds must be int, got '3'"),
         (lambda plain: plain["fl"].update(rounds=3.0), r"fl\.rounds must be int, got 3\.0"),
         (
-            lambda plain: plain["fl"].update(seeds="mine"),
-            r"fl\.seeds must be one of shared, per_client, pool, got 'mine'",
+            lambda plain: plain["fl"].update(directions="mine"),
+            r"fl\.directions must be one of shared, per_client, pool, got 'mine'",
         ),
         (lambda plain: plain["report"].update(html=1), r"report\.html must be bool, got 1"),
         (lambda plain: plain["trainer"].update(lr="1"), r"trainer\.lr must be float, got '1'"),
@@ -149,6 +149,20 @@ def test_a_changed_text_is_refused(change: Callable[[dict[str, Any]], object], m
 
     with pytest.raises(ConfigError, match=message):
         from_json(json.dumps(plain), LaunchConfig)
+
+
+def test_several_broken_rules_of_a_text_are_told_in_the_form_of_a_command_line() -> None:
+    plain = json.loads(to_json(sound()))
+    plain["fl"].update(rounds=0, batch_size=0)
+
+    with pytest.raises(ConfigError) as refused:
+        from_json(json.dumps(plain), LaunchConfig)
+
+    assert str(refused.value).splitlines() == [
+        "2 problems in the configuration:",
+        "  - fl.rounds must be >= 1, got 0. A run needs a round.",
+        "  - fl.batch_size must be >= 1, got 0. Write a client's number of rows per step.",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "NaN", "[" * 100_000, "1" * 5000])

@@ -14,6 +14,7 @@ from fedzo.errors import ConfigError
 
 OWN = ["data.path=.", "evaluation.central=false"]
 WRITTEN = ["task=squad", "data.path=.", "partition=iid"]
+LISTED = ["task=custom", "task.template='{q}'", "task.candidates=[' {c}']", "data.path=.", "partition=iid"]
 FILE = "for partition=own, where each client has a file of its own, and all rows of it"
 SITES = ["experiment=sites", "runtime=remote", "runtime.server=."]
 
@@ -60,6 +61,11 @@ SITES = ["experiment=sites", "runtime=remote", "runtime.server=."]
             [*WRITTEN, "fl.label_counts=true"],
             "fl.label_counts must be left out for task.kind=generation, whose rows have no labels, got true.",
             [*WRITTEN, "fl.label_counts=false"],
+        ),
+        (
+            [*LISTED, "fl.label_counts=true"],
+            "fl.label_counts must be left out for rows that list their own candidates, which have no labels, got true.",
+            [*LISTED, "fl.label_counts=false"],
         ),
         (
             ["evaluation.central=false", "evaluation.every_rounds=5"],

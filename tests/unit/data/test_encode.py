@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers, processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedzo.data.chat import chat_end, encode_instructions
 from fedzo.data.config import Loss, TaskConfig, TaskKind
@@ -41,6 +41,9 @@ class MergingTokenizer:
     bos_token_id = None
     chat_template = None
     merges = (": ", "ab")
+
+    def added_tokens_decoder(self) -> dict[int, Any]:  # a method, as transformers has it for mistral-common
+        raise NotImplementedError
 
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, Any]:
         return {"input_ids": [self._tokens(one) for one in text]}
@@ -75,25 +78,37 @@ def test_rows_do_not_influence_each_other() -> None:
 
 
 class CountingTokenizer(MergingTokenizer):
-    """Remembers the most texts that it was given at once, and refuses one."""
+    """Remembers the most characters that it was given at once, and refuses a text."""
 
-    max_texts = 0
+    max_chars = 0
 
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, Any]:
-        self.max_texts = max(self.max_texts, len(text))
+        self.max_chars = max(self.max_chars, sum(map(len, text)))
         if any("refused" in one for one in text):
             raise ValueError("not this one")
         return super().__call__(text, add_special_tokens=add_special_tokens, verbose=verbose)
 
 
-def test_many_rows_are_tokenised_in_blocks_and_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "given"), [(81, 81), (80, 54), (1, 27)])
+def test_many_rows_are_tokenised_in_blocks_and_give_the_same_tokens(
+    limit: int, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of a row have 27 characters: "row 0:" three times, " no" and " maybe"."""
     rows = [{"text": f"row {i}", "label": i % 2} for i in range(7)]
     whole = encode(rows, CHOICE, tokenizer=MergingTokenizer(), max_length=64)
     tokenizer = CountingTokenizer()
-    monkeypatch.setattr("fedzo.data.encode._BLOCK_ROWS", 3)
+    monkeypatch.setattr("fedzo.data.encode._BLOCK_CHARS", limit)
 
     assert encode(rows, CHOICE, tokenizer=tokenizer, max_length=64) == whole
-    assert tokenizer.max_texts == 3 * (1 + len(CHOICE.candidates))
+    assert tokenizer.max_chars == given
+
+
+def test_rows_with_the_same_candidates_share_them() -> None:
+    rows = [{"text": text, "label": 0} for text in ("one", "two")]
+
+    one, two = encode(rows, CHOICE, tokenizer=byte_tokenizer(), max_length=64)
+
+    assert one.candidates is two.candidates
 
 
 @pytest.mark.parametrize(
@@ -106,7 +121,7 @@ def test_many_rows_are_tokenised_in_blocks_and_give_the_same_tokens(monkeypatch:
 def test_rows_are_numbered_through_all_blocks(
     row: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedzo.data.encode._BLOCK_ROWS", 3)
+    monkeypatch.setattr("fedzo.data.encode._BLOCK_CHARS", 50)  # three rows of 15 characters
     rows = [{"text": "x", "label": 0}] * 4 + [row]
 
     with pytest.raises(ConfigError, match=message):
@@ -193,7 +208,7 @@ def test_a_row_with_a_thought_is_written_from_the_same_prompt_and_told_of_once(
     assert [plain.generation_prompt] == [thinks.generation_prompt] == encode_instructions(["Hi"], tokenizer)
     assert thinks.prompt[-len("<think>\n") :] == ids("<think>\n")
     assert thinks.candidates == ((*ids("hm\n</think>\n\nYo"), EOS),)
-    assert not thinks.cut
+    assert not thinks.scored_cut
     assert [message.partition(",")[0] for message in caplog.messages] == [
         "task 'mine': this model's chat template begins an answer that is to be written otherwise than the answer of a "
         "row"
@@ -297,8 +312,11 @@ def test_an_answer_ends_where_the_chat_template_ends_it(template: str | None, en
     ids=["instruction", "generation", "candidates"],
 )
 def test_sites_that_make_other_tokens_have_another_digest(task: TaskConfig, fields: list[Any]) -> None:
-    """Tokens of all kinds have changed since the first format, those of instructions also since the second."""
-    *old, new = (hashlib.sha256(json.dumps([f"fedzo-prompt/{n}", *fields]).encode()).hexdigest() for n in (1, 2, 3))
+    """Tokens of all kinds have changed since the first format, of instructions also since the second.
+
+    Those of candidates have changed since the third.
+    """
+    *old, new = (hashlib.sha256(json.dumps([f"fedzo-prompt/{n}", *fields]).encode()).hexdigest() for n in range(1, 5))
 
     assert task_digest(task) == new
     assert new not in old
@@ -316,6 +334,105 @@ def test_a_token_over_the_border_belongs_to_the_answers_of_all_candidates() -> N
 
     assert example.prompt == (ord("x"),)
     assert example.candidates == ((1000, ord("n"), ord("o")), (ord(":"), ord("n"), ord("o")))
+
+
+def gpt2_like_tokenizer() -> Any:
+    """Splits texts as GPT-2 does, and knows some words and two line breaks as one token each."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    merges = [("\u010a", "\u010a"), ("o", "k"), ("Y", "e"), ("Ye", "s"), ("N", "o"), ("s", "o"), ("\u0120", "so")]
+    vocabulary = {token: number for number, token in enumerate([*sorted(letters), *map("".join, merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+
+
+def test_white_space_of_the_prompt_belongs_to_no_candidate() -> None:
+    r"""GPT-2's split is ``... | ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+``: before a word, the last white space stands alone.
+
+    So "ok?\n\n" alone is  ok | ? | \n\n        but "ok?\n\nYes" is        ok | ? | \n | \n | Yes
+    and "ok?\n\nYes so" is                                                 ok | ? | \n | \n | Yes | " so"
+    """
+    tokenizer = gpt2_like_tokenizer()
+    ok, mark, line, lines, yes, no, so = tokenizer.convert_tokens_to_ids(
+        ["ok", "?", "\u010a", "\u010a\u010a", "Yes", "No", "\u0120so"]
+    )
+    task = replace(CHOICE, template="{text}\n\n", candidates=["Yes", "No", "Yes so"])
+    row = {"text": "ok?", "label": 0}
+
+    [example] = encode([row], task, tokenizer=tokenizer, max_length=64)
+    [short] = encode([row], replace(task, candidates=["Yes", "No"]), tokenizer=tokenizer, max_length=64)
+
+    assert encode_prompts(["ok?\n\n"], tokenizer) == [(ok, mark, lines)]
+    assert example.prompt == short.prompt == (ok, mark, line, line)
+    assert example.candidates == ((yes,), (no,), (yes, so))
+    assert short.one_token
+
+
+def test_a_byte_that_two_letters_share_belongs_to_the_candidates() -> None:
+    task = replace(CHOICE, candidates=["\u00e9", "\u00e8"])
+
+    [example] = encode([{"text": "x", "label": 0}], task, tokenizer=byte_tokenizer(), max_length=64)
+
+    assert (example.prompt, example.candidates) == (ids("x:"), (ids("\u00e9"), ids("\u00e8")))
+
+
+def test_a_model_that_would_learn_behind_other_tokens_than_it_writes_behind_is_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [{"q": "xy", "a": "n"}] * 2
+    warn_once.cache_clear()
+
+    encode(rows, replace(WRITTEN, template="{q}:", answer="{a}\n"), tokenizer=MergingTokenizer(), max_length=64)
+    assert caplog.messages == []
+    encode(rows, replace(WRITTEN, template="{q}:", answer=" {a}\n"), tokenizer=MergingTokenizer(), max_length=64)
+    [told] = caplog.messages
+    assert told.startswith("task 'mine': to this model, the end of a prompt has other tokens where an answer follows")
+
+
+@pytest.mark.parametrize(
+    ("answer", "add_eos", "is_told"),
+    [
+        (" {a}", False, True),
+        (" {a}\\n", False, True),  # as a command line has it
+        (" {a}\n", False, False),
+        (" {a}<eos>", False, False),
+        (" {a}", True, False),
+    ],
+)
+def test_written_answers_that_nothing_ends_are_told_of(
+    answer: str, add_eos: bool, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, tokenizer = replace(WRITTEN, answer=answer), byte_tokenizer(add_eos=add_eos)
+    warn_once.cache_clear()
+
+    for _ in range(2):
+        encode([{"q": "Who", "a": "Ann"}], task, tokenizer=tokenizer, max_length=64)
+
+    expected = "task 'mine': its answers end with neither a line break nor a special token"
+    assert [message.partition(",")[0] for message in caplog.messages] == ([expected] if is_told else [])
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "is_told"),
+    [
+        (CHOICE, {"text": "a <eos> b", "label": 0}, True),
+        (replace(CHOICE, template="<eos>{text}:"), {"text": "a", "label": 0}, False),
+        (CHOICE, {"text": "a <b> eos", "label": 0}, False),
+        (WRITTEN, {"q": "Who", "a": "Ann <eos>"}, True),
+        (replace(WRITTEN, answer=" {a}<eos>"), {"q": "Who", "a": "Ann"}, False),
+        (CHAT, {"q": "Hi <eos>", "a": "Yo"}, True),
+        (CHAT, {"q": "Hi", "a": "Yo"}, False),  # the chat template writes some
+    ],
+)
+def test_a_special_token_in_the_text_of_a_row_is_told_of(
+    task: TaskConfig, row: dict[str, Any], is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+
+    encode([row, row], task, tokenizer=byte_tokenizer(), max_length=64)
+
+    expected = "task 'mine': the text of some rows holds '<eos>'"
+    assert [message.partition(",")[0] for message in caplog.messages] == ([expected] if is_told else [])
 
 
 def test_an_answer_that_the_prompt_swallows_still_has_a_token() -> None:
@@ -338,10 +455,10 @@ def test_the_prompt_that_is_written_from_tells_nothing_of_the_answer(template: s
     assert [example.generation_prompt for example in examples] == [alone, alone]
     assert encode_prompts([template.replace("{q}", "xy")], tokenizer) == [alone]
     assert examples[0].prompt == alone[:-1]
-    assert not examples[0].cut
+    assert not examples[0].scored_cut
     [short] = encode([{"q": "xy", "a": "b"}], replace(task, max_new_tokens=3), tokenizer=tokenizer, max_length=5)
     assert short.generation_prompt == alone[-2:]
-    assert short.cut
+    assert short.scored_cut
 
 
 class SmallLetters(MergingTokenizer):
@@ -463,7 +580,7 @@ def test_the_first_of_several_right_answers_is_the_one_to_learn(task: TaskConfig
     )
 
     assert example == replace(single, references=("Ann", "Ann Lee" * 50, "Lee"))
-    assert not example.cut
+    assert not example.scored_cut
 
 
 def test_a_long_answer_to_a_short_prompt_takes_the_rest() -> None:
@@ -553,7 +670,7 @@ def test_a_saved_byte_tokenizer_loads_as_any_other(tmp_path: Path) -> None:
         {"label": "gold"},
         {"labels": ["0", "1"]},
         {"answer": "{a}"},
-        {"prepare": "copa"},
+        {"derive": "copa"},
         {"kind": TaskKind.generation},
     ],
 )
@@ -610,7 +727,7 @@ def test_what_begins_every_text_is_the_tokenizers_bos_or_nothing(add_eos: bool) 
     assert opening(MergingTokenizer()) is None
 
 
-def test_a_row_whose_prompt_to_write_from_is_cut_counts_as_cut() -> None:
+def test_a_row_whose_prompt_to_write_from_is_cut_counts_as_cut_where_it_is_scored() -> None:
     """The prompt fits with its short answer, and not with room for ``max_new_tokens``."""
     task = replace(WRITTEN, max_new_tokens=8)
 
@@ -619,4 +736,14 @@ def test_a_row_whose_prompt_to_write_from_is_cut_counts_as_cut() -> None:
     assert example.prompt == ids("abcdefghijk?")
     assert example.candidates == (ids(" so\n"),)
     assert example.generation_prompt == ids("efghijk?")
-    assert example.cut
+    assert (example.cut, example.scored_cut) == (False, True)
+
+
+def test_a_row_that_is_cut_to_be_trained_on_counts_as_cut_where_it_is_scored() -> None:
+    """The answer is longer than ``max_new_tokens``, so the prompt that is written from is whole."""
+    task = replace(WRITTEN, max_new_tokens=2)
+
+    [example] = encode([{"q": "abc", "a": "0123456789"}], task, tokenizer=byte_tokenizer(), max_length=10)
+
+    assert example.generation_prompt == example.prompt == ids("abc?")
+    assert (example.written_cut, example.cut, example.scored_cut) == (False, True, True)

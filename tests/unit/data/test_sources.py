@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from fedzo.data import sources
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
-from fedzo.data.sources import Splits, load_splits, own_files
+from fedzo.data.sources import Splits, load_splits, own_files, read_own
 from fedzo.errors import ConfigError
 
 TASK = TaskConfig(name="mine", template="{text} It was", candidates=[" bad", " good"])
@@ -273,6 +274,44 @@ def test_two_files_for_one_split_are_refused(folder: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"one dev file must exist, got dev.jsonl, validation.jsonl"):
         load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
+
+
+def test_the_parts_of_a_file_are_read_one_after_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the Hub stores data sets."""
+    for part, first in enumerate((0, 12, 24)):
+        write(tmp_path / f"train-0000{part}-of-00003.jsonl", rows(first, first + 12))
+    write(tmp_path / "validation-00000-of-00001.jsonl", rows(100, 110))
+    write(tmp_path / "test.jsonl", rows(200, 220))
+
+    with caplog.at_level(logging.WARNING):
+        splits = load_splits(DataConfig(path=str(tmp_path)), SplitConfig(num_dev=10, num_test=20), TASK)
+
+    assert texts(splits.train) == texts(rows(0, 36))
+    assert texts(splits.dev) == texts(rows(100, 110))
+    assert texts(splits.test) == texts(rows(200, 220))
+    assert caplog.messages == []
+    assert texts([row for _, row in read_own(tmp_path)]) == texts(rows(0, 36))
+    assert [path.name for path in own_files(str(tmp_path))] == [f"train-0000{part}-of-00003.jsonl" for part in range(3)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00002.jsonl"],
+        ["train-00001-of-00002.jsonl"],
+        ["train-00000-of-00002.jsonl", "train-00001-of-00002.json"],
+        ["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
+        ["train-00000-of-00001.jsonl", "train.jsonl"],
+        ["train-00000-of-00000.jsonl"],
+    ],
+)
+def test_parts_that_are_not_those_of_one_file_are_refused(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        write(tmp_path / name, rows(0, 12))
+
+    told = f"{tmp_path}: one train file must exist, got {', '.join(names)}. Keep one, with all parts that it has."
+    with pytest.raises(ConfigError, match=rf"^{re.escape(told)}$"):
+        load_splits(DataConfig(path=str(tmp_path)), SplitConfig(), TASK)
 
 
 def test_a_missing_column_names_file_line_and_columns(folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from fedzo.config.plugins import conf_dir
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.tasks import columns_used, label_index, render, right_label, template_faults
+from fedzo.data.tasks import columns_used, has_labels, label_index, num_labels, render, right_label, template_faults
 from fedzo.errors import ConfigError
 
 Shipped = Callable[[str], TaskConfig]
@@ -240,9 +240,9 @@ def test_a_blank_answer_is_refused() -> None:
         render({"text": "x", "label": 0}, replace(CHOICE, candidates=["yes", " "]))
 
 
-def test_an_unknown_preparation_lists_those_there_are() -> None:
+def test_an_unknown_derivation_lists_those_there_are() -> None:
     with pytest.raises(ConfigError, match=r"one of alpaca, boolq, copa, wsc or null, got 'os.system'"):
-        render({"text": "x", "label": 0}, replace(CHOICE, prepare="os.system"))
+        render({"text": "x", "label": 0}, replace(CHOICE, derive="os.system"))
 
 
 def test_a_copa_question_of_another_kind_is_refused(shipped_task: Shipped) -> None:
@@ -252,8 +252,8 @@ def test_a_copa_question_of_another_kind_is_refused(shipped_task: Shipped) -> No
         render(row, shipped_task("copa"))
 
 
-def test_a_column_that_a_preparation_reads_must_be_there(shipped_task: Shipped) -> None:
-    with pytest.raises(ConfigError, match=r"task.prepare=copa needs a column 'premise', the columns there are: label"):
+def test_a_column_that_a_derivation_reads_must_be_there(shipped_task: Shipped) -> None:
+    with pytest.raises(ConfigError, match=r"task.derive=copa needs a column 'premise', the columns there are: label"):
         render({"label": 0}, shipped_task("copa"))
 
 
@@ -274,7 +274,7 @@ WRITTEN = TaskConfig(name="mine", kind=TaskKind.generation, template="{q}", answ
         (replace(CHOICE, candidates=["{text}", "{b}"]), {"text": "x", "b": "y", "label": 0}, "b", "task.candidates"),
         (WRITTEN, {"q": "x", "a": "y"}, "a", "task.answer"),
         (
-            replace(WRITTEN, answer="{response}", prepare="alpaca"),
+            replace(WRITTEN, answer="{response}", derive="alpaca"),
             {"input": "i", "output": "o"},
             "instruction",
             "alpaca",
@@ -371,12 +371,69 @@ def test_a_candidate_and_a_prompt_take_no_list() -> None:
             render({"text": "x", "a": [0], "label": 0}, task)
 
 
+LISTED = TaskConfig(name="mine", template="{q}:", candidates=[" {c}"], label="a")
+PLACES = ["Oslo", "Rome ", 7]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "choices"),
+    [
+        (" {c}", PLACES),
+        (" {c.text}", {"text": PLACES, "label": ["A", "B", "C"]}),
+        (" {c.text}", [{"text": text} for text in PLACES]),
+    ],
+)
+def test_a_row_may_list_its_own_candidates(candidate: str, choices: object) -> None:
+    task = replace(LISTED, candidates=[candidate])
+
+    rendered = render({"q": "Where", "c": choices, "a": "2"}, task)
+
+    assert (rendered.prompt, rendered.answers, rendered.label) == ("Where:", (" Oslo", " Rome", " 7"), 2)
+    assert columns_used(task) == tuple(sorted(("a", candidate.strip(" {}"), "q")))
+
+
+def test_rows_may_list_different_numbers_of_candidates_which_are_no_labels() -> None:
+    letters = replace(LISTED, labels=["A", "B", "C", "D"])
+    rows = [{"q": "x", "c": ["p", "q", "r"], "a": "C"}, {"q": "x", "c": ["p", "q", "r", "s"], "a": "D"}]
+
+    rendered = [render(row, letters) for row in rows]
+
+    assert [(row.label, len(row.answers)) for row in rendered] == [(2, 3), (3, 4)]
+    assert [right_label(row, letters) for row in rows] == [2, 3]
+    assert (has_labels(letters), num_labels(letters)) == (False, 0)
+    assert (has_labels(CHOICE), num_labels(CHOICE)) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "labels", "message"),
+    [
+        ({"c": ["x", "y"], "a": 2}, [], r"column 'a' must hold an index \(0 to 1\) of .*\[' \{c\}'\], got 2"),
+        ({"c": ["x", "y"], "a": "C"}, ["A", "B", "C"], r"column 'a' .* one of task.labels \['A', 'B'\], got 'C'"),
+        ({"c": ["x"], "a": 0}, [], r"must name a column that lists at least 2 answers, got ' x' alone. Write a list"),
+        ({"c": "x; y", "a": 0}, [], r"must name a column that lists at least 2 answers, got ' x; y' alone"),
+        ({"c": [], "a": 0}, [], r"column 'c' \(task.candidates\) lists no answer: \[\]. Fill it or remove the row"),
+        ({"c": ["x", " "], "a": 0}, [], r"column 'c' \(task.candidates\) is blank: ' '"),
+        ({"c": {"text": ["x", "y"]}, "a": 0}, [], r"got dict. Name one of its fields, as in \{c.text\}"),
+        ({"a": 0}, [], r"task.candidates needs a column 'c', the columns there are: q, a"),
+    ],
+)
+def test_candidates_that_a_row_does_not_list_are_refused(row: dict[str, Any], labels: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        render({"q": "Where", **row}, replace(LISTED, labels=labels))
+
+
+def test_a_candidate_may_be_the_field_of_an_object() -> None:
+    task = replace(CHOICE, candidates=[" {c.first}", " {c.last}"])
+
+    assert render({"text": "x", "c": {"first": "p", "last": 9}, "label": 1}, task).answers == (" p", " 9")
+
+
 @pytest.mark.parametrize("value", ["", None])
 def test_the_input_of_alpaca_may_be_missing_but_is_no_nan(value: object, shipped_task: Shipped) -> None:
     row = {"instruction": "Sing.", "input": value, "output": "La."}
 
     assert render(row, shipped_task("alpaca")).prompt == "Sing."
-    with pytest.raises(ConfigError, match=r"column 'input' \(task.prepare=alpaca\) holds nan, which stands for"):
+    with pytest.raises(ConfigError, match=r"column 'input' \(task.derive=alpaca\) holds nan, which stands for"):
         render(row | {"input": float("nan")}, shipped_task("alpaca"))
 
 

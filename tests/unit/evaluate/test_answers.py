@@ -6,12 +6,15 @@ import json
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
+from fedzo.data.encode import encode as encode_rows
 from fedzo.evaluate.answers import Answers, AnswersConfig, score_candidates
 from fedzo.evaluate.base import evaluate, merge_scores
 from fedzo.models.generate import generate
@@ -75,6 +78,45 @@ def test_evaluation_agrees_with_scores_and_training_loss(family: str, loss: Loss
     assert score.value == np.mean(best == [example.label for example in CHOICES])
     assert score.loss == pytest.approx(mean_loss(loaded, CHOICES, loss=loss, tokens_per_batch=256), abs=1e-5)
     assert sum(total for _, total in score.per_class.values()) == 6
+
+
+@pytest.mark.parametrize("loss", list(Loss))
+def test_rows_that_list_their_own_candidates_are_scored_without_classes(loss: Loss) -> None:
+    """The oracle reads each sequence alone, and knows neither padding nor shared prompts."""
+    task = TaskConfig(template="{q}:", candidates=[" {c}"], label="a", loss=loss)
+    rows: list[dict[str, Any]] = [
+        {"q": "one", "c": ["ab", "c", "def"], "a": 2},
+        {"q": "another", "c": ["g", "hi", "jkl", "m"], "a": 1},
+        {"q": "third", "c": ["n", "op"], "a": 0},
+    ]
+    loaded = tiny_loaded()
+    examples = encode_rows(rows, task, tokenizer=loaded.tokenizer, max_length=64)
+    losses, right = [], []
+    for row in rows:
+        start, scores = len(row["q"]) + 1, []  # a token is a byte
+        for choice in row["c"]:
+            ids = loaded.tokenizer(f"{row['q']}: {choice}")["input_ids"]
+            with torch.no_grad():
+                logprobs = loaded.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            scores.append(np.mean([float(logprobs[at - 1, ids[at]]) for at in range(start, len(ids))]))
+        normaliser = np.log(np.exp(scores).sum()) if loss is Loss.candidates else 0.0
+        losses.append(normaliser - scores[row["a"]])
+        right.append(int(np.argmax(scores)) == row["a"])
+
+    score = evaluate("answers", ANSWERS, loaded, examples, task, tokens_per_batch=64)
+
+    assert score.value == pytest.approx(np.mean(right))
+    assert score.loss == pytest.approx(np.mean(losses), abs=1e-5)
+    assert score.per_class == {}
+
+
+def test_two_answers_that_mean_something_else_in_each_row_have_no_auc() -> None:
+    scores = np.array([[0.0, -1.0], [0.0, -1.0], [-2.0, 0.0], [-1.0, 0.0]], dtype=np.float32)
+
+    by_label, alone = (score_candidates(scores, [0, 1, 1, 0], loss=Loss.lm, by_label=each) for each in (True, False))
+
+    assert alone == replace(by_label, per_class={}, auc=None, best_threshold_accuracy=None)
+    assert by_label.auc is not None
 
 
 @pytest.mark.parametrize(("kind", "metric"), [(TaskKind.generation, "token_f1"), (TaskKind.instruction, "rouge_l")])

@@ -22,7 +22,7 @@ from fedzo.config.load import load
 from fedzo.config.travel import to_json
 from fedzo.data.encode import Example
 from fedzo.records.folder import CONFIG
-from fedzo.run.start import write_whole
+from fedzo.records.texts import write_whole
 from fedzo.testing.tiny_models import save_tiny_model, tiny_loaded
 
 FOLDER = Path(__file__).parents[3] / "experiments" / "oat_rephrase"

@@ -107,6 +107,16 @@ def test_the_quickstart_takes_the_minutes_that_its_claim_tells(tables: Any) -> N
     assert [float(each) for each in points] == pytest.approx([mean, 4.303 * error], abs=0.051)
 
 
+def test_the_last_lines_of_the_quickstart_name_the_round_that_dev_scores_chose(tables: Any) -> None:
+    """Its results are older than the dev score of a summary."""
+    results = json.loads((ROOT / "experiments" / "quickstart" / "results.json").read_text())
+    first = results["run"][0]
+
+    assert tables.ending(results)[1] == (
+        f"test, before -> after (best dev round {first['best_round']} of {first['rounds']}):"
+    )
+
+
 def test_what_a_step_costs_ranges_over_reliable_cases(tables: Any) -> None:
     """A case without a target is not reliable; those of a GPU are no CPU's."""
 

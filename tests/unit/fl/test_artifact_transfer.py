@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.errors import ProtocolError
+from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.fl.artifact_transfer import deliver, receive
 from fedzo.fl.messages import ArtifactPiece, ArtifactReply, decode, encode
 from fedzo.trainers.artifacts import EMPTY, PIECE_BYTES, Artifact, ArtifactStore
@@ -141,6 +141,15 @@ def test_a_piece_without_a_place_is_refused_by_the_client(store: ArtifactStore, 
         receive(ArtifactPiece(client=4, **fields), store)
 
     assert not store.folder.exists()
+
+
+def test_an_artifact_that_somebody_removed_is_named_when_a_client_lacks_it(
+    artifact: Artifact, store: ArtifactStore
+) -> None:
+    artifact.path.unlink()
+
+    with pytest.raises(RunFolderError, match=rf"{artifact.path}: it must be there .*, got 'No such file .*Restore"):
+        play(artifact, lambda piece: receive(piece, store))
 
 
 def test_a_space_that_needs_nothing_is_held_by_every_client(store: ArtifactStore) -> None:

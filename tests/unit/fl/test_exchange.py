@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import DEFAULT_TTL, ConfigRecord, Error, Message, RecordDict
 
-from fedzo.fl import messages
-from fedzo.fl.exchange import Outbox, Question, Talk, Traffic, converse
+from fedzo.fl import content
+from fedzo.fl.exchange import MAX_LOST, Outbox, Question, Talk, Traffic, converse
 from fedzo.fl.messages import (
     ArtifactPiece,
     ArtifactReply,
@@ -139,6 +139,37 @@ def test_what_a_carrier_says_that_it_lost_is_asked_again_unless_its_node_is_gone
     assert len(outbox) == 0
 
 
+def test_a_client_whose_replies_are_lost_again_and_again_has_failed() -> None:
+    """It can have the SuperLink drop them; each costs the server the whole question."""
+    carrier, outbox = Carrier(), Outbox[int]()
+    for number in (1, 2):  # the next question is asked as often
+        outbox.push(carrier, {0: question(f"question {number}"), 1: question("kept", 1)})
+        name = f"m{len(carrier.pushed) - 1}"
+        kept = carrier.under_way.pop(name)
+        for _ in range(MAX_LOST):
+            carrier.forgotten, carrier.under_way = carrier.under_way, {}
+            assert outbox.pull(carrier) == []
+        carrier.forgotten, carrier.under_way = carrier.under_way, {name: kept}
+        replies = dict(outbox.pull(carrier))
+
+        assert replies[0].has_error()
+        assert replies[1].content["c"]["text"] == "re kept"
+        assert carrier.pushed.count(f"question {number}") == 1 + MAX_LOST
+        assert len(outbox) == 0
+
+
+def test_of_several_questions_to_one_client_each_is_lost_for_itself() -> None:
+    """Such as greetings of a node that is silent for days, which Flower forgets after a while."""
+    carrier, outbox = Carrier(), Outbox[int]()
+    texts = [f"greeting {number}" for number in range(MAX_LOST + 1)]
+    for text in texts:
+        outbox.push(carrier, {0: question(text)})
+    carrier.forgotten, carrier.under_way = carrier.under_way, {}
+
+    assert outbox.pull(carrier) == []
+    assert carrier.pushed == texts * 2
+
+
 @pytest.mark.parametrize(
     ("takes_s", "looks"),
     [
@@ -208,7 +239,7 @@ def test_what_is_asked_travels_by_its_type_and_bytes_are_counted_as_flower_count
 @pytest.mark.usefixtures("clock")
 def test_long_bytes_that_several_are_sent_are_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of a model's values for each client would not fit in memory, nor would Flower know that they are alike."""
-    monkeypatch.setattr(messages, "PIECE_BYTES", 4)
+    monkeypatch.setattr(content, "PIECE_BYTES", 4)
     pushed: list[Message] = []
 
     class Silent(Carrier):
@@ -226,6 +257,92 @@ def test_long_bytes_that_several_are_sent_are_cut_once(monkeypatch: pytest.Monke
 
     one, other, third = (message.content for message in pushed)
     pieces = [f"log {number:08}" for number in range(3)]
-    assert sorted(one) == sorted(third) == [messages.RECORD, *pieces]
+    assert sorted(one) == sorted(third) == [content.RECORD, *pieces]
     assert all(one[name] is other[name] for name in pieces)
     assert [decode(TrainRequest, message.content) for message in pushed] == requests
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_is_sent_again_has_other_hashes_and_is_still_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was sent it may have told the SuperLink something else of the hashes that it then knew."""
+    monkeypatch.setattr(content, "PIECE_BYTES", 4)
+    pushed: list[dict[str, str]] = []
+    requests = [TrainRequest(client=client, log=bytes(range(10))) for client in range(2)]
+
+    class Restarted(Carrier):
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            for message in messages:
+                assert decode(TrainRequest, message.content) == requests[message.metadata.dst_node_id]
+                pushed.append({name: record.object_id for name, record in message.content.items()})
+            return [f"m{len(pushed)} {number}" for number, _ in enumerate(messages)]
+
+        def pull_messages(self, names: list[str]) -> list[Message]:
+            self.starts = 1
+            return []
+
+    def talk(request: TrainRequest) -> Talk[TrainReply]:
+        return (yield Question(request, TrainReply))
+
+    talks = {client: talk(requests[client]) for client in range(2)}
+    converse(Restarted(), talks, nodes={0: 0, 1: 1}, deadline_s=1.0)
+
+    assert len(pushed) == 2 * 2
+    pieces = [f"log {number:08}" for number in range(3)]
+    for one, other in (pushed[:2], pushed[2:]):
+        assert [one[name] for name in pieces] == [other[name] for name in pieces]
+    hashes = [name for message in pushed for name in message.values()]
+    assert len(set(hashes)) == 2 * (3 + 2)  # at each time three pieces, and a record of each client
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_later_question_with_the_same_pieces_has_other_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SuperLink may have dropped the pieces by then, and whoever got them could name them as made of others."""
+    monkeypatch.setattr(content, "PIECE_BYTES", 4)
+    request, pushed = TrainRequest(client=0, log=bytes(range(10))), list[set[str]]()
+
+    class Answering(Carrier):
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            (message,) = messages
+            assert decode(TrainRequest, message.content) == request
+            pushed.append({record.object_id for record in message.content.values()})
+            message.metadata.__dict__["_message_id"] = name = f"m{len(pushed)}"
+            self.under_way[name] = message
+            return [name]
+
+        def pull_messages(self, names: list[str]) -> list[Message]:
+            return [Message(encode(TrainReply()), reply_to=self.under_way.pop(name)) for name in names]
+
+    def talk() -> Talk[TrainReply]:
+        yield Question(request, TrainReply)
+        return (yield Question(request, TrainReply))
+
+    converse(Answering(), {0: talk()}, nodes={0: 7}, deadline_s=1.0)
+
+    first, second = pushed
+    assert len(first) == len(second) == 3 + 1
+    assert first.isdisjoint(second)
+
+
+@pytest.mark.parametrize("deadline_s", [1.0, 100_000.0])
+def test_flower_keeps_a_question_and_its_repetition_for_as_long_as_it_is_waited_for(
+    deadline_s: float, clock: Any
+) -> None:
+    """By itself it forgets a question after 12 hours, and the reply of a slow site is then one to nothing."""
+    kept: list[float] = []
+
+    class Restarted(Carrier):
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            kept.extend(message.metadata.ttl for message in messages)
+            return [f"m{len(kept)}"]
+
+        def pull_messages(self, names: list[str]) -> list[Message]:
+            self.starts = 1
+            clock.now += deadline_s / 40
+            return []
+
+    def talk() -> Talk[TrainReply]:
+        return (yield Question(TrainRequest(client=0), TrainReply))
+
+    converse(Restarted(), {0: talk()}, nodes={0: 7}, deadline_s=deadline_s)
+
+    assert kept == [max(deadline_s, DEFAULT_TTL)] * 2

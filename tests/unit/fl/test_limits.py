@@ -20,8 +20,8 @@ from fedzo.fl.site_limits import SiteError
 from fedzo.models.config import BaseConfig
 from fedzo.zo.directions import SHARED
 from fedzo.zo.estimator import BackpropConfig, TwoPointConfig
+from fedzo.zo.keys import OWN
 from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, VectorRecord, pack
-from fedzo.zo.seeds import OWN
 from fedzo.zo.server_optimizer import ScaffoldConfig, SgdConfig
 
 RUN = RunConfig(

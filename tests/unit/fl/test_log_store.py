@@ -22,7 +22,7 @@ from fedzo.fl.config import BestBy, EvaluationConfig
 from fedzo.fl.log_store import RunLog, RunStore, best_round
 from fedzo.records.decode import encode, to_json
 from fedzo.records.folder import AUDIT, METRICS, PUBLIC
-from fedzo.records.log import AuditLine, Proof, RoundAudit, decode_audit
+from fedzo.records.log import AuditLine, ClientAudit, Proof, RoundAudit, decode_audit
 from fedzo.records.metrics import (
     CentralScore,
     ClientRound,
@@ -39,7 +39,7 @@ from fedzo.records.metrics import (
 )
 from fedzo.testing.logs import audit_line
 from fedzo.zo.directions import SHARED
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import RoundRecord, VectorRecord
 
 
 def record(round: int) -> RoundRecord:
@@ -117,7 +117,7 @@ def test_what_is_committed_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     again = opened(tmp_path)
 
     assert [r.to_bytes() for r in again.records] == [record(i).to_bytes() for i in range(3)]
-    assert [line.check for line in again.rounds] == [0, 1, 2]
+    assert [line.check for line in again.public] == [0, 1, 2]
     assert [line.round for line in again.metrics] == [0, 1, 2]
 
 
@@ -397,12 +397,12 @@ def test_every_kind_of_line_comes_back_as_it_was_written(tmp_path: Path, owners:
         written = RoundRecord(round=0, lr=0.1, owners=numbers, coefficients=c, directions=5)
         proof = Proof(chain="ab" * 32, check=3, digest="cd" * 32)
         store.commit(written, attendance=[0, 7], proof=proof, audit=lines[0])
-        public, kept = store.rounds[0], store.audit[0]
+        public, kept = store.public[0], store.audit[0]
 
     with RunStore(tmp_path) as again:
-        assert encode(again.rounds[0]) == encode(public)
+        assert encode(again.public[0]) == encode(public)
         assert again.records[0].to_bytes() == written.to_bytes()
-        line = again.rounds[0]
+        line = again.public[0]
         assert (line.chain, line.check, line.digest) == (proof.chain, proof.check, proof.digest)
         assert encode(again.audit[0]) == encode(kept)
         (first, second) = again.audit[0].clients
@@ -510,7 +510,7 @@ def test_lines_of_the_audit_log_stay_in_the_file_and_are_read_when_they_are_aske
         commit(again, 5)
         assert held() == before
         assert [line.round for line in again.audit] == [*range(6)]
-        assert [line.check for line in again.rounds] == [*range(6)]
+        assert [line.check for line in again.public] == [*range(6)]
     log = RunLog(tmp_path)
     assert (len(log.audit), held()) == (6, before)
 
@@ -555,23 +555,83 @@ def test_what_rounds_say_of_their_clients_is_let_go_line_by_line(
 ) -> None:
     """Of all rounds and clients together it would fill the memory when a run goes on."""
     open_with(tmp_path, 3).close()
-    light, held = log_store._light, list[int]()
+    original, held = log_store._without_clients, list[int]()
 
     def heavy() -> int:
         return sum(type(each) is Round and len(each.clients) > 0 for each in gc.get_objects())
 
     def counted(record: MetricRecord) -> MetricRecord:
         held.append(heavy())
-        return light(record)
+        return original(record)
 
     gc.collect()  # what other tests have left
     before = heavy()
-    monkeypatch.setattr(log_store, "_light", counted)
+    monkeypatch.setattr(log_store, "_without_clients", counted)
 
     opened(tmp_path)
     assert len(RunLog(tmp_path).metrics) == 3
 
-    assert held == [before + 1] * 6
+    assert held == [before + 1] * 3 + [before] * 3  # a reader does not even make them
+
+
+def test_a_reader_makes_nothing_of_clients_that_it_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many rounds and clients that takes minutes."""
+    open_with(tmp_path, 5).close()
+    light = opened(tmp_path).metrics
+    made: list[type[object]] = []
+
+    def counting(of: type[object]) -> None:
+        check = vars(of)["__post_init__"]
+
+        def counted(record: object) -> None:
+            made.append(of)
+            check(record)
+
+        monkeypatch.setattr(of, "__post_init__", counted)
+
+    counting(ClientRound)
+    counting(ClientAudit)
+
+    log = RunLog(tmp_path)
+    assert (log.metrics, len(log.audit)) == (light, 5)
+    assert made == []
+    assert encode(log.audit[3]) == encode(audit(3))
+    assert made.count(ClientAudit) == 2  # of this line, and of the one that it is compared with
+
+
+def test_the_vector_of_a_round_that_a_kill_prevented_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same round may have another one when the run goes on."""
+
+    def commit_vector(store: RunStore, round: int) -> Path:
+        vector = VectorRecord.of(np.full(3, round + 0.5, np.float32), round=round, lr=0.5)
+        proof = Proof(chain="0" * 64, check=round, digest=None)
+        store.commit(vector, attendance=[0], proof=proof, audit=audit(round))
+        return tmp_path / "vectors" / vector.digest
+
+    def killed(line: object, *, durable: bool) -> None:
+        raise KeyboardInterrupt
+
+    with RunStore(tmp_path) as store:
+        kept = {commit_vector(store, round) for round in range(2)}
+        monkeypatch.setattr(store._public, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            commit_vector(store, 2)
+    (stray,) = {*(tmp_path / "vectors").iterdir()} - kept
+
+    assert len(RunLog(tmp_path).records) == 2
+    assert stray.exists()  # a reader changes nothing
+    assert len(opened(tmp_path).records) == 2
+    assert {*(tmp_path / "vectors").iterdir()} == kept
+    assert f"{stray}: the vector of a round that was not committed is dropped" in caplog.messages
+
+    for name in ("a" * 64, "b" * 64):  # as where somebody has put the logs back by some rounds
+        (tmp_path / "vectors" / name).touch()
+    opened(tmp_path)
+    assert len([*(tmp_path / "vectors").iterdir()]) == 4
 
 
 def test_an_extension_is_taken_back_with_what_its_start_told_and_no_line_before_is_written_anew(

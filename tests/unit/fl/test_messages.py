@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedzo.errors import ProtocolError
-from fedzo.fl import messages
+from fedzo.fl import content
+from fedzo.fl.content import RECORD, in_pieces
 from fedzo.fl.exchange import message_bytes
 from fedzo.fl.messages import (
     PROTOCOL,
-    RECORD,
     VERSION,
     ArtifactPiece,
     ArtifactReply,
@@ -44,6 +44,16 @@ KINDS = [
     ArtifactReply,
 ]
 REQUESTS = [Hello, TrainRequest, EvaluateRequest, ArtifactPiece]
+SALT: dict[str, Any] = {"salt": b"8 bytes."}
+
+
+def sent(fields: dict[str, Any], **records: dict[str, Any]) -> RecordDict:
+    """What a peer may send: the record of plain fields, and others by their names."""
+    return RecordDict({name: ConfigRecord(SALT | each) for name, each in {RECORD: fields, **records}.items()})
+
+
+def unsalted(record: Any) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "salt"}
 
 
 @given(
@@ -63,25 +73,49 @@ def test_a_request_survives_the_wire(round: int, log: bytes, lr: float, chain: s
 def test_every_message_has_defaults_that_survive_the_wire_and_can_be_counted(kind: Any) -> None:
     """All but whom it is for: that is in every request, and in no reply."""
     whom = {"client": 3} if kind in REQUESTS else {}
-    content = encode(kind(**whom))
+    encoded = encode(kind(**whom))
 
-    assert decode(kind, content) == kind(**whom)
-    assert decode(kind, recorddict_from_proto(recorddict_to_proto(content))) == kind(**whom)
-    assert message_bytes(content) >= 0
+    assert decode(kind, encoded) == kind(**whom)
+    assert decode(kind, recorddict_from_proto(recorddict_to_proto(encoded))) == kind(**whom)
+    assert message_bytes(encoded) >= 0
 
 
 def test_what_is_as_it_is_by_default_does_not_travel_but_a_peers_own_version_does() -> None:
     request, reply = TrainRequest(client=0, lr=0.5, steps=1), ArtifactReply(held=0, intact=False)
 
-    assert dict(encode(request)[RECORD]) == {"client": 0, "lr": 0.5}
-    assert dict(encode(reply)[RECORD]) == {"intact": False}
-    assert dict(encode(HelloReply())[RECORD]) == {"protocol": PROTOCOL, "version": VERSION}
+    assert unsalted(encode(request)[RECORD]) == {"client": 0, "lr": 0.5}
+    assert unsalted(encode(reply)[RECORD]) == {"intact": False}
+    assert unsalted(encode(HelloReply())[RECORD]) == {"protocol": PROTOCOL, "version": VERSION}
+
+
+def test_no_part_of_a_message_can_be_known_before_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower believes whoever is the first to say of a hash what its part is made of, and refuses all others."""
+    monkeypatch.setattr(content, "PIECE_BYTES", 4)
+    long = b"01234567"
+    twice: list[Any] = [encode(VectorReply(change=long)) for _ in range(2)]
+    greetings: list[Any] = [encode(Hello(client=1)) for _ in range(2)]
+    shared = in_pieces(long)
+    both: list[Any] = [encode(VectorReply(position=at, change=long), cut=lambda value: shared) for at in range(2)]
+
+    for one, other in (twice, greetings):
+        assert sorted(one) == sorted(other)
+        assert not {record.object_id for record in one.values()} & {record.object_id for record in other.values()}
+    assert [both[0][name].object_id == both[1][name].object_id for name in sorted(both[0])] == [True, True, False]
+    assert {len(record["salt"]) for message in (*twice, *both) for record in message.values()} == {8}
+
+
+@pytest.mark.parametrize("salt", [{}, {"salt": b"7 bytes"}, {"salt": "8 bytes."}, {"salt": [b"8 bytes."]}], ids=str)
+def test_a_record_without_a_salt_of_its_length_is_refused(salt: dict[str, Any]) -> None:
+    pieces = {RECORD: ConfigRecord(SALT), "change 00000000": ConfigRecord({"piece": b"1", **salt})}
+    for records in (pieces, {RECORD: ConfigRecord({"position": 1, **salt})}):
+        with pytest.raises(ProtocolError, match="VectorReply: each record must have a salt of 8 bytes, got"):
+            decode(VectorReply, RecordDict({**records}))
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_a_request_that_does_not_say_whom_it_is_for_is_refused(kind: Any) -> None:
     with pytest.raises(ProtocolError, match=f"{kind.__name__}: client must be .*, got nothing"):
-        decode(kind, RecordDict({RECORD: ConfigRecord({})}))
+        decode(kind, sent({}))
 
 
 def test_a_status_travels_as_its_name() -> None:
@@ -122,7 +156,7 @@ def test_a_status_travels_as_its_name() -> None:
 )
 def test_a_field_of_the_wrong_kind_is_named(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ProtocolError, match=match):
-        decode(TrainRequest, RecordDict({RECORD: ConfigRecord({"client": 0, **fields})}))
+        decode(TrainRequest, sent({"client": 0, **fields}))
 
 
 @pytest.mark.parametrize("kind", [Hello, HelloReply])
@@ -133,38 +167,38 @@ def test_a_peer_of_another_protocol_is_told_both_versions(kind: Any) -> None:
     with pytest.raises(ProtocolError) as caught:
         decode(kind, RecordDict({RECORD: ConfigRecord(fields)}))
 
-    told = f"{kind.__name__}: protocol must be 5, that of fedzo {VERSION}, got 99, that of fedzo 9.9.0x"
+    told = f"{kind.__name__}: protocol must be 6, that of fedzo {VERSION}, got 99, that of fedzo 9.9.0x"
     assert str(caught.value).startswith(told)
     assert len(str(caught.value)) < 200
 
 
 def test_an_unknown_status_is_named() -> None:
     with pytest.raises(ProtocolError, match="status must be 'ok' or 'behind' or 'bare' or 'mismatch', got 'fine'"):
-        decode(TrainReply, RecordDict({RECORD: ConfigRecord({"status": "fine"})}))
+        decode(TrainReply, sent({"status": "fine"}))
 
 
 @pytest.mark.parametrize(
-    "content", [RecordDict({}), RecordDict({"other": ConfigRecord()}), RecordDict({RECORD: MetricRecord()})]
+    "other", [RecordDict({}), RecordDict({"other": ConfigRecord()}), RecordDict({RECORD: MetricRecord()})]
 )
-def test_content_that_is_not_one_record_is_refused(content: RecordDict) -> None:
+def test_content_that_is_not_one_record_is_refused(other: RecordDict) -> None:
     with pytest.raises(ProtocolError, match="expected one record 'fedzo'"):
-        decode(TrainReply, content)
+        decode(TrainReply, other)
 
 
 def test_long_bytes_travel_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network takes requests of at most 16 MiB, and Flower sends each record in one."""
-    monkeypatch.setattr(messages, "PIECE_BYTES", 4)
+    monkeypatch.setattr(content, "PIECE_BYTES", 4)
     whole = {"change": b"0123456789", "loss": b"abcd"}
 
-    content = encode(VectorReply(position=3, **whole))
+    encoded = encode(VectorReply(position=3, **whole))
 
-    assert {name: dict(record) for name, record in content.items()} == {
+    assert {name: unsalted(record) for name, record in encoded.items()} == {
         RECORD: {"position": 3, "loss": b"abcd"},
         "change 00000000": {"piece": b"0123"},
         "change 00000001": {"piece": b"4567"},
         "change 00000002": {"piece": b"89"},
     }
-    assert decode(VectorReply, recorddict_from_proto(recorddict_to_proto(content))) == VectorReply(position=3, **whole)
+    assert decode(VectorReply, recorddict_from_proto(recorddict_to_proto(encoded))) == VectorReply(position=3, **whole)
 
 
 @pytest.mark.parametrize(
@@ -182,15 +216,13 @@ def test_long_bytes_travel_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_pieces_that_are_not_one_field_are_refused(records: dict[str, Any], match: str) -> None:
-    content = {RECORD: ConfigRecord({"loss": b"abcd"}), **{name: ConfigRecord(each) for name, each in records.items()}}
-
     with pytest.raises(ProtocolError, match=match):
-        decode(VectorReply, RecordDict(content))
+        decode(VectorReply, sent({"loss": b"abcd"}, **records))
 
 
 def test_a_huge_value_is_shown_in_a_few_words() -> None:
     with pytest.raises(ProtocolError) as caught:
-        decode(TrainReply, RecordDict({RECORD: ConfigRecord({"position": b"x" * 10**7, "x" * 10**6: 1})}))
+        decode(TrainReply, sent({"position": b"x" * 10**7, "x" * 10**6: 1}))
 
     assert len(str(caught.value)) < 300
 
@@ -209,9 +241,8 @@ NAMES = sorted({name for kind in KINDS for name in kind.__dataclass_fields__})
 
 @given(kind=st.sampled_from(KINDS), fields=st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), VALUES))
 def test_any_content_is_a_message_or_refused_as_a_breach_of_protocol(kind: Any, fields: dict[str, Any]) -> None:
-    content = RecordDict({RECORD: ConfigRecord(fields)})
     try:
-        message = decode(kind, content)
+        message = decode(kind, sent(fields))
     except ProtocolError:
         return
     assert decode(kind, encode(message)) == message

@@ -41,11 +41,11 @@ def test_a_log_of_the_site_shows_a_servers_words_in_one_line(caplog: pytest.LogC
 
 @pytest.mark.parametrize(("min_rows", "told"), [(0, (2, 1)), (2, (2, 0)), (3, (0, 0))])
 def test_how_many_rows_were_cut_is_a_count_as_any_other(min_rows: int, told: tuple[int, int]) -> None:
-    """Two of 9 training rows, one of 8 held-out rows."""
+    """Two of 9 training rows, one of 8 held-out rows, which is cut where an answer is written."""
     whole = Example(prompt=(1,), candidates=((2,), (3,)), label=0)
     data = ClientData(
-        train=[replace(whole, cut=number < 2) for number in range(9)],
-        heldout=[replace(whole, cut=number < 1) for number in range(8)],
+        train=[replace(whole, cut=number < 2, written_cut=number < 5) for number in range(9)],
+        heldout=[replace(whole, written_cut=number < 1) for number in range(8)],
         label_counts={},
     )
     limits = Limits(run=RUN, site=SiteFile(limits=SiteLimitsConfig(min_rows=min_rows)))
@@ -73,7 +73,7 @@ def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_one
         check_state=lambda request, asked_values: asked.append((request.client, asked_values)),
     )
     update: Any = SimpleNamespace(reply_type=TrainReply, make=lambda at, request: TrainReply())
-    clients: Any = SimpleNamespace(prepare=lambda client: None, workspace=lambda artifact, asked: workspace)
+    clients: Any = SimpleNamespace(progress=lambda client: None, workspace=lambda artifact, asked: workspace)
     worker = ClientWorker(IDENTITY.config_hash, update, clients, limits=limits, evaluators={}, artifacts=artifacts)
 
     for client, values, log in (
@@ -105,7 +105,7 @@ def test_a_vector_is_unpacked_and_hashed_once_a_request(monkeypatch: pytest.Monk
     run = replace(RUN, estimator=BackpropConfig(), server_optimizer=SgdConfig(lr=0.5))
     workspace: Any = SimpleNamespace(replica=replica)
     update: Any = SimpleNamespace(reply_type=VectorReply, make=lambda at, request: VectorReply(position=7))
-    clients: Any = SimpleNamespace(prepare=lambda client: None, workspace=lambda artifact, asked: workspace)
+    clients: Any = SimpleNamespace(progress=lambda client: None, workspace=lambda artifact, asked: workspace)
     artifacts: Any = SimpleNamespace(find=lambda digest: True)
     limits = Limits(run=run, site=SiteFile())
     worker = ClientWorker(IDENTITY.config_hash, update, clients, limits=limits, evaluators={}, artifacts=artifacts)

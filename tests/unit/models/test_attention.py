@@ -1,24 +1,29 @@
-"""Heads that share keys: torch is asked for groups only where it has a fused kernel, which writes no scores down."""
+"""What transformers is told of attention: to ask torch for groups only where it has a fused kernel for them."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, masking_utils
 from transformers.integrations import sdpa_attention
 
-from fedzo.models import attention
+from fedzo.data.config import Loss
+from fedzo.data.encode import Example
+from fedzo.models import attention, forwards, load, scoring
 from fedzo.models.attention import has_groups, repeat_keys
-from fedzo.models.compiled import compile_decoder
+from fedzo.models.compiled import CompiledDecoder, compile_decoder
+from fedzo.models.forwards import Planning
 from fedzo.models.head import hidden_at
 from fedzo.models.memory import estimate_step_memory_bytes, weights_bytes
-from fedzo.run import peer
-from fedzo.testing.tiny_models import tiny_model, tiny_model_from
+from fedzo.models.scoring import example_losses
+from fedzo.testing.tiny_models import tiny_loaded, tiny_model, tiny_model_from
 
 ANSWER = object()
 
@@ -100,18 +105,48 @@ def test_keys_are_repeated_where_there_are_no_groups_and_the_states_are_the_same
 
 
 @pytest.mark.parametrize(("device", "times"), [("cpu", 0), ("mps", 0), ("cuda", 1), ("cuda:1", 1)])
-def test_transformers_is_told_in_processes_with_a_gpu_alone(
+def test_transformers_is_told_before_the_first_forward_of_a_model_on_a_gpu_alone(
     device: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[int] = []
-    monkeypatch.setattr(peer, "use_threads", lambda threads: None)
-    monkeypatch.setattr(peer, "choose_product", lambda device: False)
-    monkeypatch.setattr(peer, "resolve_device", torch.device)
-    monkeypatch.setattr(peer, "repeat_keys", lambda: told.append(1))
+    done: list[str] = []
+    monkeypatch.setattr(load, "repeat_keys", lambda: done.append("told"))
+    given = tiny_loaded()
+    given.model.get_decoder().register_forward_pre_hook(lambda *_: done.append("a forward"))
 
-    peer.set_up_process(0, device)
+    load._wrap(given.model, given.tokenizer, device=torch.device(device), digest="", source="here", read_weights=list)
 
-    assert len(told) == times
+    assert done[:times] == ["told"] * times
+    assert {*done[times:]} == {"a forward"}
+
+
+@pytest.mark.parametrize(
+    ("device", "is_compiled", "looks"), [("cpu", False, True), ("cuda", False, False), ("cuda", True, True)]
+)
+def test_on_a_gpu_transformers_does_not_look_whether_texts_are_packed(
+    device: str, is_compiled: bool, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look waits for the GPU. A compiled decoder is traced as it was when it was checked."""
+    seen: list[int] = []
+    own = masking_utils.find_packed_sequence_indices
+
+    def look(position_ids: torch.Tensor) -> torch.Tensor | None:
+        seen.append(1)
+        return own(position_ids)
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    monkeypatch.setattr(attention, "_LOOK", look)
+    for module in (forwards, scoring):
+        monkeypatch.setattr(module, "on_device", lambda numbers, device: torch.from_numpy(numbers))
+    loaded = tiny_loaded()
+    decoder = CompiledDecoder(loaded.model.get_decoder(), longest=16) if is_compiled else None
+    rows = [Example(tuple(range(length)), ((7,), (250,)), 0) for length in (5, 9)]
+    there = replace(loaded, device=torch.device(device), decoder=decoder)
+    seen.clear()  # of what is checked when a model is loaded
+
+    found = example_losses(there, rows, Planning(4096), loss=Loss.candidates)
+
+    assert bool(seen) is looks
+    np.testing.assert_allclose(found, example_losses(loaded, rows, Planning(4096), loss=Loss.candidates), atol=1e-5)
 
 
 @pytest.mark.gpu

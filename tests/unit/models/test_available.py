@@ -19,7 +19,14 @@ from safetensors.torch import save_file
 
 from fedzo.errors import ConfigError
 from fedzo.models import available
-from fedzo.models.available import Held, available_memory_bytes, held_bytes, mapped_bytes, max_memory_bytes
+from fedzo.models.available import (
+    Held,
+    attends_plainly,
+    available_memory_bytes,
+    held_bytes,
+    mapped_bytes,
+    max_memory_bytes,
+)
 from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.load import load_model
 from fedzo.models.memory import weights_bytes
@@ -148,7 +155,29 @@ def test_weights_that_just_fit_or_stay_in_their_files_are_not_refused(
     ],
 )
 def test_no_remedy_is_what_is_so_already(config: ModelConfig, ways: str) -> None:
-    assert available.ways_to_fit(config).startswith(ways)
+    assert available.ways_to_fit(config, CPU).startswith(ways)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "major", "plainly"),
+    [
+        ("cuda", torch.bfloat16, 7, True),  # a T4
+        ("cuda", torch.bfloat16, 8, False),
+        ("cuda", torch.float16, 7, False),
+        ("cuda", torch.float32, 7, False),
+        ("cpu", torch.bfloat16, 0, False),
+        ("mps", torch.bfloat16, 0, False),
+    ],
+)
+def test_a_gpu_before_ampere_has_no_fused_attention_in_bfloat16_which_is_no_remedy_there(
+    device: str, dtype: torch.dtype, major: int, plainly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    where = torch.device(device)
+
+    assert attends_plainly(where, dtype) is plainly
+    narrow = "float16" if (device, major) == ("cuda", 7) else "bfloat16"
+    assert f"write model.dtype={narrow}," in available.ways_to_fit(ModelConfig(), where)
 
 
 def test_a_large_file_of_another_format_is_not_read_as_a_header(

@@ -33,7 +33,7 @@ from fedzo.models.lower_layers import StepStates
 from fedzo.models.products import RoundedProducts, use_products
 from fedzo.models.scoring import candidate_scores, example_losses
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded
-from fedzo.trainers import TRAINERS, Workplace
+from fedzo.trainers import TRAINERS, TrainerContext
 from fedzo.zo.config import Distribution
 from fedzo.zo.perturb import PerturbedWeights
 from fedzo.zo.spaces.base import Space
@@ -73,8 +73,8 @@ def some_weights(loaded: LoadedModel) -> Space:
 
 def adapter(loaded: LoadedModel, *changes: str) -> Space:
     trainer = TRAINERS.build(load(["trainer=lora", *changes]).trainer)
-    workplace = Workplace(folder=Path(), seed=0, texts=list)
-    artifact = trainer.prepare(loaded, workplace).artifact
+    context = TrainerContext(folder=Path(), seed=0, texts=list)
+    artifact = trainer.prepare(loaded, context).artifact
     return trainer.build(loaded, artifact, distribution=Distribution.gaussian).space
 
 
@@ -429,6 +429,7 @@ class Allocator:
         self.users: dict[int, int] = {}
         self.users_at_end: list[int] = []
         self.taking: set[int] = set()
+        self.workspace: int | None = 0  # the pool that it lies in, 0 for that of eager forwards
 
     def end(self, device: int, pool: int) -> None:
         if pool not in self.taking:
@@ -438,6 +439,9 @@ class Allocator:
     def release(self, device: int, pool: int) -> None:
         self.users[pool] -= 1
         assert self.users[pool] >= 0, "in a destructor this ends the process"
+
+    def drop_workspace(self) -> None:
+        self.workspace = None
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, stand_in in {
@@ -453,6 +457,7 @@ class Allocator:
         monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
         monkeypatch.setattr(torch._C, self.end_name, self.end, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.drop_workspace, raising=False)
 
 
 class AllocatedPool:
@@ -495,9 +500,11 @@ class AllocatedCapture:
         self._pool = pool
 
     def __enter__(self) -> None:
-        self._graph.pool = self._pool
-        self._graph.allocator.users[self._pool] += 1
-        self._graph.allocator.taking.add(self._pool)
+        allocator, self._graph.pool = self._graph.allocator, self._pool
+        allocator.users[self._pool] += 1
+        allocator.taking.add(self._pool)
+        assert allocator.workspace is None, "kernels would have the address of a workspace that is not their pool's"
+        allocator.workspace = self._pool  # a product takes one, and torch keeps it
 
     def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
         allocator, fails = self._graph.allocator, kind is not None and issubclass(kind, RuntimeError)
@@ -530,12 +537,13 @@ def test_what_torch_holds_for_a_capture_that_broke_off_is_given_back_once(
     graphs = CudaGraphs(torch.device("cuda", 0))
     first, broken = graphs(), graphs()
     first.capture(lambda: torch.zeros(1))
-    assert allocator.users == {1: 2}
+    assert (allocator.users, allocator.workspace) == ({1: 2}, None)
 
     with pytest.raises(error):
         broken.capture(breaks)
 
     assert (allocator.users, allocator.taking) == ({1: 2}, set())  # the pool itself and the first graph
+    assert allocator.workspace is None
     del broken
     gc.collect()
     assert allocator.users == {1: 2}
@@ -553,12 +561,13 @@ def test_what_torch_holds_for_a_capture_that_broke_off_is_given_back_once(
 
 @pytest.mark.gpu
 def test_the_memory_of_graphs_goes_with_the_last_of_them() -> None:
-    graphs, given = CudaGraphs(torch.device("cuda")), torch.ones(4, device="cuda")
+    graphs, given = CudaGraphs(torch.device("cuda")), torch.ones(4, 4, device="cuda")
+    torch.mm(given, given)  # makes what cuBLAS has but once
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
 
     graph = graphs()
-    graph.capture(lambda: given * torch.empty(1 << 28, dtype=torch.uint8, device="cuda")[:4])
+    graph.capture(lambda: torch.mm(given, given) * torch.empty(1 << 28, dtype=torch.uint8, device="cuda")[:4])
     assert torch.cuda.memory_reserved() >= before + (1 << 28)
     del graph
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
@@ -26,7 +27,7 @@ from fedzo.data.preprocess.backend import (
     RowFault,
 )
 from fedzo.errors import ConfigError
-from fedzo.models.config import TransformersConfig
+from fedzo.models.config import ChatDType, TransformersConfig
 from fedzo.registry import broken_rules
 from fedzo.testing.tiny_models import byte_tokenizer, tiny_loaded
 
@@ -170,6 +171,19 @@ def test_models_are_told_apart_by_what_is_in_them(saved: Callable[..., str], cha
 
     assert backend.fingerprint(chatty) == backend.fingerprint(saved())
     assert backend.fingerprint(chatty) != backend.fingerprint(other)
+
+
+def test_a_model_that_computes_otherwise_is_another(saved: Callable[..., str], chatty: str) -> None:
+    """By what its config.json says, or in another dtype: with the same weights it writes other text."""
+    other = saved()
+    file = Path(other, "config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 0.01}))
+    dtypes = (ChatDType.float32, ChatDType.bfloat16)
+    backends = [REWRITERS.build(TransformersConfig(model=chatty, dtype=dtype)) for dtype in dtypes]
+
+    found = {backend.fingerprint(folder) for backend in backends for folder in (chatty, other)}
+
+    assert len(found) == 4
 
 
 def test_a_template_that_refuses_a_role_stops(chatty: str) -> None:

@@ -29,7 +29,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
 from fedzo.models.scoring import candidate_scores, example_losses
 from fedzo.testing.tiny_models import tiny_loaded
-from fedzo.trainers import TRAINERS, Workplace
+from fedzo.trainers import TRAINERS, TrainerContext
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
@@ -151,8 +151,8 @@ def test_a_text_beyond_the_longest_bucket_runs_at_its_own_length(traced: None) -
 def test_adapters_are_compiled_along_and_seen_to_change(name: str, traced: None, tmp_path: Path) -> None:
     loaded = compile_loaded(tiny_loaded(), longest=16)
     trainer = TRAINERS.build(load([f"trainer={name}"]).trainer)
-    workplace = Workplace(folder=tmp_path, seed=0, texts=list)
-    artifact = trainer.prepare(loaded, workplace).artifact
+    context = TrainerContext(folder=tmp_path, seed=0, texts=list)
+    artifact = trainer.prepare(loaded, context).artifact
     space = trainer.build(loaded, artifact, distribution=Distribution.gaussian).space
     start = space.values()
     plain = LoadedModel(**{**fields_of(loaded), "decoder": None})

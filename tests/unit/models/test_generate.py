@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from fedzo.data.config import TaskKind
 from fedzo.errors import ConfigError
 from fedzo.models import generate as module
-from fedzo.models.generate import generate
+from fedzo.models.generate import answer_ends, generate, generate_tokens
 from fedzo.testing.tiny_models import FAMILIES, WITHOUT_ATTENTION, tiny_loaded, tiny_model
 
 PROMPTS = [[65, 66, 67], [70], list(range(80, 97))]
@@ -113,13 +114,36 @@ def test_an_answer_ends_at_a_further_end_whatever_follows_it() -> None:
     assert bos in stand_in.settings.eos_token_id
 
 
-def test_a_prompt_too_long_for_the_positions_loses_its_beginning() -> None:
-    loaded = tiny_loaded("gpt2")
-    prompt = [i % 250 for i in range(600)]
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [(TaskKind.instruction, {2}), (TaskKind.generation, {3 + ord("\n")}), (TaskKind.candidates, set())],
+)
+def test_an_answer_ends_where_the_score_of_its_task_reads_to(kind: TaskKind, ends: set[int]) -> None:
+    assert answer_ends(tiny_loaded().tokenizer, kind) == ends
 
-    assert generate(loaded, [prompt], max_new_tokens=4, tokens_per_batch=600) == generate(
-        loaded, [prompt[-508:]], max_new_tokens=4, tokens_per_batch=600
-    )
+
+@pytest.mark.parametrize(
+    ("lengths", "max_new_tokens", "said"),
+    [
+        ([1, 509], 4, r"prompt 1 must fit into .* 512 positions together with 4 tokens of an answer, got 509 tokens\."),
+        ([1], 512, r"prompt 0 must fit into .* together with 512 .*, got 1 tokens\. .* or lower --max-new-tokens"),
+    ],
+)
+def test_a_prompt_without_room_for_an_answer_is_refused(lengths: list[int], max_new_tokens: int, said: str) -> None:
+    """Cut, it would ask something else; and behind its last position a model has nothing to say."""
+    prompts = [[i % 250 for i in range(length)] for length in lengths]
+
+    with pytest.raises(ConfigError, match=said):
+        generate(tiny_loaded("gpt2"), prompts, max_new_tokens=max_new_tokens, tokens_per_batch=600)
+
+
+def test_an_answer_may_take_the_last_position() -> None:
+    loaded = tiny_loaded("gpt2")  # 512 positions
+    prompt = [i % 250 for i in range(508)]
+
+    answers = generate_tokens(loaded, [prompt], ends=set(), max_new_tokens=4, tokens_per_batch=600)
+
+    assert answers == [slow_tokens(loaded.model, prompt, 4)]
 
 
 def test_global_generators_are_untouched() -> None:

@@ -15,8 +15,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import Gemma3Config, Phi3Config
+from transformers import AutoTokenizer, Gemma3Config, Phi3Config
 
+from fedzo.data.config import Loss
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models import source
 from fedzo.models.adapters import inject
@@ -24,6 +26,8 @@ from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.digest import stored_entries, tokenizer_digest, weights_digest
 from fedzo.models.generate import generate
 from fedzo.models.load import check_length, load_model, resolve_device, wrap_model
+from fedzo.models.saved import save_model
+from fedzo.models.scoring import mean_loss
 from fedzo.models.source import read_model
 from fedzo.testing.tiny_models import (
     FAMILIES,
@@ -301,15 +305,24 @@ def test_a_weight_that_is_gone_from_the_files_is_told_of(copied: Path) -> None:
         loaded.reload_weights()
 
 
-def test_a_missing_pad_token_falls_back_to_the_end_token(copied: Path) -> None:
+def test_a_tokenizer_without_a_pad_token_stays_as_it_is(copied: Path, tmp_path: Path) -> None:
+    """With the end token in its place, who trains an export further and masks padding would mask every end, too."""
     path = copied / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     settings.pop("pad_token")
     path.write_text(json.dumps(settings))
 
     loaded = load_model(ModelConfig(name=str(copied)), device="cpu")
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "out")
 
-    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token is None
+    prompts = [[65, 66, 67], [70]]
+    alone = [generate(loaded, [prompt], max_new_tokens=4, tokens_per_batch=64)[0] for prompt in prompts]
+    assert generate(loaded, prompts, max_new_tokens=4, tokens_per_batch=64) == alone
+    examples = [Example((65, 66, 67), ((7,), (8,)), 0), Example((70,), ((7,), (8,)), 1)]
+    losses = [mean_loss(loaded, [each], loss=Loss.candidates, tokens_per_batch=64) for each in examples]
+    together = mean_loss(loaded, examples, loss=Loss.candidates, tokens_per_batch=64)
+    assert together == pytest.approx(sum(losses) / 2, abs=1e-5)
 
 
 def test_the_folder_of_an_adapter_is_told_apart_from_a_model(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from transformers import FalconH1Config, GraniteMoeHybridConfig, JambaConfig, Ne
 
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
-from fedzo.fl.client.local_update import Workspace
-from fedzo.fl.replica import Replica
+from fedzo.fl.replica import Replica, Workspace
 from fedzo.models.head import hidden_at
 from fedzo.models.memory import (
     ForwardSeconds,
@@ -46,8 +45,8 @@ from fedzo.testing.tiny_models import (
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.directions import SHARED
+from fedzo.zo.keys import OWN
 from fedzo.zo.log import RoundRecord
-from fedzo.zo.seeds import OWN
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
     AdamConfig,
@@ -104,6 +103,9 @@ HYBRIDS: dict[str, Callable[[], PreTrainedConfig]] = {
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(handle)`"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
         (torch.OutOfMemoryError("cuModuleLoadData failed: CUDA_ERROR_OUT_OF_MEMORY"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"), True),
@@ -262,6 +264,24 @@ def test_every_family_has_an_estimate_that_grows_with_the_batch(family: str) -> 
     small, large = (estimate_step_memory_bytes(model, batch_tokens=n, trained_bytes=0) for n in (64, 640))
 
     assert weights_bytes(model) < small < large
+
+
+def test_scores_that_attention_writes_down_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 heads, to 512 keys at most, before and after their softmax, in float32."""
+    model, asked = tiny_model("llama", dtype=torch.bfloat16), list[tuple[str, torch.dtype]]()
+
+    def step() -> int:
+        return estimate_step_memory_bytes(model, batch_tokens=64, trained_bytes=0)
+
+    def plainly(device: torch.device, dtype: torch.dtype) -> bool:
+        asked.append((device.type, dtype))
+        return True
+
+    fused = step()
+    monkeypatch.setattr("fedzo.models.memory.attends_plainly", plainly)
+
+    assert step() - fused == 2 * 4 * 512 * 64 * 4
+    assert asked == [("cpu", torch.bfloat16)]
 
 
 def of_a_token(model: Any) -> int:

@@ -36,7 +36,7 @@ from fedzo.testing.tiny_models import (
     tiny_model_from,
     tiny_sketch,
 )
-from fedzo.trainers import TRAINERS, Built, Workplace
+from fedzo.trainers import TRAINERS, Built, TrainerContext
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig
 from fedzo.trainers.base import TrainerConfig
 from fedzo.trainers.calibration import CalibrationSource
@@ -82,7 +82,7 @@ def made_of(kind: str) -> LoadedModel:
 def build(loaded: LoadedModel, config: TrainerConfig) -> Built:
     trainer = TRAINERS.build(config)
     with tempfile.TemporaryDirectory() as folder:
-        place = Workplace(folder=Path(folder), seed=7, texts=lambda: TEXTS)
+        place = TrainerContext(folder=Path(folder), seed=7, texts=lambda: TEXTS)
         return trainer.build(loaded, trainer.prepare(loaded, place).artifact, distribution=Distribution.gaussian)
 
 

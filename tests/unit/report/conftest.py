@@ -121,6 +121,7 @@ def records() -> list[dict[str, Any]]:
         "payload_down_bytes": 120,
         "message_up_bytes": 2700,
         "message_down_bytes": 9900,
+        "dev": score("dev", 10, 0.75),
     }
     return [
         setup,

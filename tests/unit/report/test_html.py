@@ -181,6 +181,26 @@ def test_test_rows_are_spoken_of_where_there_are_any(make_run: MakeRun) -> None:
     assert "The test rows were scored" not in write_report(make_run("without", lines=lines)).read_text()
 
 
+def test_without_test_rows_the_page_shows_the_dev_score_of_the_best_round(make_run: MakeRun) -> None:
+    """Also of a folder whose summary does not have it."""
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line.get("split") != "test"]
+    dev = next(line for line in lines if line.get("split") == "dev")
+    best = {"round": 6, "seconds": 12.0, "value": 0.8, "loss": 0.125, "auc": None, "best_threshold_accuracy": None}
+    lines[-1] |= {"before": None, "after": None, "best_round": 6}
+    del lines[-1]["dev"]
+
+    page = write_report(make_run("run", lines=[dev | best, *lines])).read_text()
+
+    assert '<p class="big">54.0 % to 80.0 % (+26.0 points)</p>' in page
+    assert "accuracy on 200 dev rows, before training and at the best round, which they chose." in page
+    assert "<th>best dev round</th><td>6 (loss 0.125, accuracy 80.0 %)</td>" in page
+    assert "The test rows were scored" not in page
+    unfinished = write_report(make_run("begun", lines=[dev | best, *lines[:-1]])).read_text()
+    assert '<p class="big">' not in unfinished
+    assert "best dev round" not in unfinished
+
+
 def test_the_page_needs_nothing_from_outside(make_run: MakeRun) -> None:
     folder = make_run()
 

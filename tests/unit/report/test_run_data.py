@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedzo.errors import RunFolderError
+from fedzo.records.texts import read_environment, read_overrides
 from fedzo.report.html import write_report
-from fedzo.report.run_data import load_run, read_environment, read_overrides
+from fedzo.report.run_data import load_run
 
 MakeRun = Callable[..., Path]
 
@@ -127,6 +128,15 @@ def test_an_environment_of_another_form_is_refused(tmp_path: Path, written: str,
 
     with pytest.raises(RunFolderError, match=rf"environment\.json: must hold a mapping, got {got}\. {remedy}$"):
         read_environment(tmp_path)
+
+
+def test_a_run_with_an_environment_of_another_form_is_refused(make_run: MakeRun) -> None:
+    """A page over several runs compares what they were computed with."""
+    folder = make_run()
+    (folder / "environment.json").write_text('{"packages": null}')
+
+    with pytest.raises(RunFolderError, match=r"environment\.json: must hold a mapping, got packages that"):
+        load_run(folder)
 
 
 def test_brackets_without_end_are_no_configuration(make_run: MakeRun) -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from fedzo.errors import RunFolderError
 from fedzo.records.metrics import (
-    CentralScore,
     Flagged,
     FlaggedClient,
     MetricRecord,
@@ -54,21 +53,16 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     assert "240 B (13 kB as messages, with set-up)" in out
 
 
-@pytest.mark.parametrize(
-    ("evaluator", "has_dev", "words"),
-    [
-        ("answers", False, "after round 10 of 10"),
-        ("other", False, "after round 10 of 10"),  # which has scored no dev rows
-        ("answers", True, "best dev round 10 of 10"),  # they were scored before the run was resumed
-    ],
-)
+@pytest.mark.parametrize(("has_dev", "words"), [(False, "after round 10 of 10"), (True, "best dev round 10 of 10")])
 def test_no_dev_round_is_spoken_of_where_no_dev_score_chose_one(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str], evaluator: str, has_dev: bool, words: str
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], has_dev: bool, words: str
 ) -> None:
-    sink = ProgressSink(10, evaluator=evaluator, has_dev=has_dev)
-    for record in records(make_run()):
-        if evaluator == "other" or not (isinstance(record, CentralScore) and record.split == "dev"):
-            sink.write(record)
+    """The summary alone says so: scores may be another evaluator's, or from before the run was resumed."""
+    *before, summary = records(make_run())
+    assert isinstance(summary, Summary)
+    sink = ProgressSink(10, evaluator="answers")
+    for record in [*([] if has_dev else before), summary if has_dev else replace(summary, dev=None)]:
+        sink.write(record)
     sink.close()
 
     assert f"test, before -> after ({words}):" in capsys.readouterr().out
@@ -121,13 +115,14 @@ def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_lef
         ),
     ],
 )
-def test_a_run_without_test_rows_ends_with_its_worst_client_whom_it_flagged_and_bytes(
+def test_a_run_without_test_and_dev_rows_ends_with_its_worst_client_whom_it_flagged_and_bytes(
     make_run: MakeRun, step_policy: Flagged, words: str
 ) -> None:
     summary = records(make_run())[-1]
     assert isinstance(summary, Summary)
 
-    lines = ending(replace(summary, before=None, after=None, step_policy=step_policy), has_dev=True)
+    unscored = replace(summary, before=None, after=None, dev=None)
+    lines = ending(replace(unscored, step_policy=step_policy))
 
     assert lines[0] == "after 10 rounds:"
     assert [line[2:34].rstrip() for line in lines[1:]] == [
@@ -138,12 +133,26 @@ def test_a_run_without_test_rows_ends_with_its_worst_client_whom_it_flagged_and_
     assert words in lines[2]
 
 
+def test_a_run_without_test_rows_ends_with_the_dev_score_of_its_best_round(make_run: MakeRun) -> None:
+    summary = records(make_run())[-1]
+    assert isinstance(summary, Summary)
+    assert summary.dev is not None
+    best = replace(summary.dev, round=4, value=0.875, loss=0.125)
+
+    lines = ending(replace(summary, before=None, after=None, best_round=4, dev=best))
+    lossless = ending(replace(summary, before=None, after=None, dev=replace(best, loss=None)))
+
+    assert lines[0] == "dev (best round 4 of 10):"
+    assert [line.split() for line in lines[1:3]] == [["accuracy", "0.875"], ["loss", "0.125"]]
+    assert [line.split()[0] for line in lossless[1:3]] == ["accuracy", "worst"]
+
+
 def test_the_rows_of_the_worst_client_are_counted_where_the_run_tells_them(make_run: MakeRun) -> None:
     summary = records(make_run())[-1]
     assert isinstance(summary, Summary)
     assert summary.worst_client is not None
 
-    lines = ending(replace(summary, worst_client=replace(summary.worst_client, num_examples=13)), has_dev=True)
+    lines = ending(replace(summary, worst_client=replace(summary.worst_client, num_examples=13)))
 
     assert any("0.500 (client 0, on 13 own rows after round 10)" in line for line in lines)
 
@@ -156,7 +165,7 @@ def test_a_run_ends_with_what_its_evaluator_reports_beside_the_value(make_run: M
     before = replace(summary.before, numbers={"exact_match": 0.125})
     after = replace(summary.after, numbers={"exact_match": 0.25, "later": 1.0})
 
-    lines = ending(replace(summary, before=before, after=after), has_dev=True)
+    lines = ending(replace(summary, before=before, after=after))
 
     assert any(line.split() == ["exact_match", "0.125", "->", "0.250"] for line in lines)
     assert not any("later" in line for line in lines)  # with nothing before to compare it with

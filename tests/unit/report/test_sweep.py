@@ -6,6 +6,7 @@ import csv
 import hashlib
 import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import yaml
 
 from fedzo.config.travel import _MACHINE
 from fedzo.errors import FolderInUseError, RunFolderError
-from fedzo.report.jobs import noted_failure
+from fedzo.report.jobs import jobs_of_sweep, noted_failure
 from fedzo.report.over_seeds import _ELSEWHERE
 from fedzo.report.sweep import unfinished_jobs, write_comparison, write_sweep_report
+from fedzo.report.sweep_figures import draw_sweep
 
 MakeRun = Callable[..., Path]
 
@@ -78,9 +80,10 @@ def test_a_sweep_without_test_rows_is_judged_by_its_dev_rows(make_run: MakeRun, 
     lines = [json.loads(line) for line in (make_run("other/whole") / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line.get("split") != "test"]
     lines[-1] |= {"before": None, "after": None}
-    for lr in ("0.1", "0.2"):
+    for lr, up in (("0.1", 12), ("0.2", 1_200)):
+        lines = [{**line, "payload_up_bytes": up} if line["kind"] == "round" else line for line in lines]
+        lines[-1] = {**lines[-1], "payload_up_bytes": 10 * up}
         make_run(f"jobs/{lr}", lines=lines, trainer__lr=lr)
-        lines[-1] = {**lines[-1], "payload_up_bytes": 12_000}
 
     page = write_sweep_report(tmp_path / "jobs")
 
@@ -89,7 +92,7 @@ def test_a_sweep_without_test_rows_is_judged_by_its_dev_rows(make_run: MakeRun, 
     assert "| 0.1 | finished | 10 | 0.250 | 75.0 % |  |  | 50.0 % |" in table[2]
     text = page.read_text()
     assert "Dev score of every job" in text
-    assert "Dev score against payload sent" in text
+    assert "Dev score against bytes of a client" in text
 
 
 def test_runs_that_were_started_one_by_one_are_compared_by_what_differs(make_run: MakeRun, tmp_path: Path) -> None:
@@ -290,10 +293,10 @@ def test_means_over_seeds_name_the_best_setting_and_not_the_luckiest_job(make_ru
     assert "Over seeds</h2>" in text
     # deviations of 0.05 and 0.01 from the means: of two values that is the error of the mean, too
     assert (tmp_path / "sweep.md").read_text().split("\n\n")[1].splitlines() == [
-        "| trainer.lr | seeds | mean dev loss | mean test |",
-        "| --- | --- | --- | --- |",
-        "| 0.1 | 2 | 0.400 | 75.0 % +- 63.5 points |",
-        "| 0.2 | 2 | 0.350 | 75.0 % +- 12.7 points |",
+        "| trainer.lr | seeds | mean dev loss | mean test | test less that of the best dev loss |",
+        "| --- | --- | --- | --- | --- |",
+        "| 0.1 | 2 | 0.400 | 75.0 % +- 63.5 points | +0.0 points +- 50.8 |",  # of -0.04 and 0.04: their error is 0.04
+        "| 0.2 | 2 | 0.350 | 75.0 % +- 12.7 points |  |",
     ]
 
 
@@ -310,7 +313,7 @@ def test_a_setting_of_fewer_seeds_is_not_named_the_best(make_run: MakeRun, tmp_p
     text = page.read_text()
     assert "Lowest mean dev loss: 0.400 over 2 seeds (0.1)" in text
     assert "Groups of fewer than 2 seeds are not named the best: 0.4." in text
-    assert "| 0.4 | 1 | 0.100 | 76.5 % |" in (tmp_path / "sweep.md").read_text().splitlines()
+    assert "| 0.4 | 1 | 0.100 | 76.5 % |  |" in (tmp_path / "sweep.md").read_text().splitlines()
 
 
 def test_seeds_of_one_setting_have_a_mean_and_no_best(make_run: MakeRun, tmp_path: Path) -> None:
@@ -457,7 +460,7 @@ def test_the_plain_numbers_tell_what_a_run_cost_and_what_its_test_rows_gave(make
         new, old = csv.DictReader(file)
     told = {
         **{"metric": "accuracy", "test_loss": str(1 - 0.765), "test_auc": str(0.765 + 0.05), "num_test": "200"},
-        **{"trained_values": "106020", "setup_down_bytes_per_client": "459000"},
+        **{"trained_values": "106020", "setup_down_bytes_per_client": "459000", "bytes_per_client": "459080.0"},
         **{"payload_up_bytes": "120", "payload_down_bytes": "120"},
         **{"message_up_bytes": "2700", "message_down_bytes": "9900"},
         **{"round_seconds": "10.0", "seconds": "25.0"},
@@ -466,7 +469,7 @@ def test_the_plain_numbers_tell_what_a_run_cost_and_what_its_test_rows_gave(make
     later = ("wire_up_bytes", "wire_down_bytes", "forwards", "prepare_seconds")
     assert [new[name] for name in later] == ["5000", "20000", "60", "4.5"]  # 10 rounds, 3 clients, 2 forwards a step
     assert [old[name] for name in later] == ["", "", "", ""]
-    assert "| 459 kB | 120 B | 10 s | 25 s |" in (tmp_path / "sweep.md").read_text()
+    assert "| 459 kB | 80 B | 10 s | 25 s |" in (tmp_path / "sweep.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -542,6 +545,105 @@ def test_jobs_that_chose_among_different_numbers_of_rounds_are_named(make_run: M
     told = "Best rounds were chosen among 2 to 3 dev scores: jobs with more scores are favoured."
     assert told not in same
     assert told in page
+
+
+def test_bytes_are_those_of_a_client_both_ways_with_its_set_up(make_run: MakeRun, tmp_path: Path) -> None:
+    """A pool costs bytes down and not up, and twice as many clients send twice as much in all."""
+    lines = [json.loads(line) for line in (make_run("other/whole") / "metrics.jsonl").read_text().splitlines()]
+    jobs = tmp_path / "jobs"
+    for num_clients, along, up, down in ((3, "shared", 12, 12), (3, "pool", 12, 96), (6, "shared", 24, 24)):
+        for line in lines:
+            if line["kind"] == "setup":
+                line["clients"] = [{**line["clients"][0], "client": k} for k in range(num_clients)]
+            if line["kind"] == "round":
+                line |= {"payload_up_bytes": up, "payload_down_bytes": down}
+        make_run(f"jobs/{num_clients}-{along}", lines=lines, fl__num_clients=str(num_clients), fl__directions=along)
+
+    keys = ["fl.num_clients", "fl.directions"]
+    pictures = {picture.name: picture for picture in draw_sweep(jobs_of_sweep(jobs), keys)}
+
+    (axes,) = pictures["bytes"].figure.axes
+    told = {text.get_text(): text.xy[0] for text in axes.texts}
+    assert told == pytest.approx({"3, shared": 459_080, "3, pool": 459_000 + (120 + 960) / 3, "6, shared": 459_080})
+    assert sorted(float(line.get_xdata()[0]) for line in axes.lines) == pytest.approx(sorted(told.values()))
+    assert axes.get_xlim()[0] == 0  # 280 B on top of 459 kB are no large difference
+
+
+def test_what_is_to_be_subtracted_and_every_other_evaluator_are_in_the_plain_numbers(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in (make_run("0", trainer="lora") / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if line.get("split") == "test"]
+    lines += [{**line, "evaluator": "nats", "metric": "nats", "value": 4.0 - line["round"] / 4} for line in scores]
+    make_run("1", trainer="meerkat", lines=lines)
+
+    write_sweep_report(tmp_path)
+
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        own, both = csv.DictReader(file)
+    told = {
+        **{"test_auc_before": str(0.555 + 0.05), "test_auc": str(0.765 + 0.05)},
+        "test_best_threshold_accuracy_before": str(0.555 + 0.02),
+        "test_best_threshold_accuracy": str(0.765 + 0.02),
+    }
+    assert {name: own[name] for name in told} == {name: both[name] for name in told} == told
+    assert (own["test_nats"], both["test_nats"]) == ("", "1.5")
+
+
+def test_seeds_without_test_rows_are_not_compared_by_them(make_run: MakeRun, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (make_run("other/whole") / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line.get("split") != "test"]
+    lines[-1] |= {"before": None, "after": None}
+    for lr, seed in (("0.1", "0"), ("0.1", "1"), ("0.2", "0"), ("0.2", "1")):
+        make_run(f"jobs/{lr}-{seed}", lines=lines, trainer__lr=lr, seed=seed)
+
+    page = write_sweep_report(tmp_path / "jobs")
+
+    assert page is not None
+    table = (tmp_path / "jobs" / "sweep.md").read_text().split("\n\n")[1].splitlines()
+    assert table[0] == "| trainer.lr | seeds | mean dev loss | mean test |"
+    assert "last column" not in page.read_text()
+    assert "Dev loss over rounds" in page.read_text()
+
+
+_BEGUN = {"fedzo": "0.1.0", "threads": 2, "platform": "one", "packages": {"torch": "2.8", "numba": "0.61"}}
+
+
+@pytest.mark.parametrize(
+    ("other", "differ"),
+    [
+        ({**_BEGUN, "platform": "other", "git_commit": "c"}, ""),
+        ({**_BEGUN, "threads": 1, "packages": {"torch": "2.9", "numba": "0.61"}}, "threads, torch"),
+        ({**_BEGUN, "later": [{"round": 3, "fedzo": "0.2.0"}]}, "fedzo"),
+    ],
+)
+def test_jobs_that_were_computed_with_something_else_are_told(
+    make_run: MakeRun, tmp_path: Path, other: dict[str, Any], differ: str
+) -> None:
+    for name, environment in (("meerkat", _BEGUN), ("mezo", other)):
+        (make_run(name, trainer=name) / "environment.json").write_text(json.dumps(environment))
+    (make_run("lost", trainer="lora") / "environment.json").unlink()
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    told = re.findall(r"Jobs were computed with different (.*): times do not compare", page.read_text())
+    assert told == ([differ] if differ else [])
+
+
+@pytest.mark.parametrize(("dtype", "differ"), [("auto", ["dtype (of model.dtype=auto)"]), ("bfloat16", [])])
+def test_jobs_whose_dtype_was_chosen_otherwise_are_told(
+    make_run: MakeRun, tmp_path: Path, dtype: str, differ: list[str]
+) -> None:
+    lines = [json.loads(line) for line in (make_run("other/whole") / "metrics.jsonl").read_text().splitlines()]
+    for trainer, chosen in (("meerkat", "float32"), ("mezo", "bfloat16")):
+        lines[0]["forwards"] = {"dtype": chosen, "products": "", "tokens_per_batch": 4096}
+        make_run(f"jobs/{trainer}", lines=lines, trainer=trainer, model__dtype=dtype)
+
+    page = write_sweep_report(tmp_path / "jobs")
+
+    assert page is not None
+    assert re.findall(r"Jobs were computed with different (.*): times do not compare", page.read_text()) == differ
 
 
 def _score(run: Path, *, dev_loss: float | None = 0.25, dev: float = 0.75, test: float = 0.765, **both: Any) -> None:

@@ -13,7 +13,7 @@ from fedzo.report.style import Picture
 from fedzo.report.sweep_figures import draw_sweep
 
 
-def job(name: str, value: float, payload_bytes: int, *, lower_is_better: bool = False, tested: bool = True) -> Any:
+def job(name: str, value: float, num_bytes: int, *, lower_is_better: bool = False, tested: bool = True) -> Any:
     """A finished job as the figures ask for it."""
     scores = [
         CentralScore(
@@ -29,7 +29,8 @@ def job(name: str, value: float, payload_bytes: int, *, lower_is_better: bool = 
         for done, number in ((0, 0.5), (5, value))
     ]
     return SimpleNamespace(
-        summary=SimpleNamespace(payload_up_bytes=payload_bytes),
+        summary=SimpleNamespace(),
+        cost=SimpleNamespace(bytes_per_client=num_bytes),
         in_words=lambda keys: name,
         scores=lambda split: scores if tested and split == "test" else None,
     )

@@ -21,7 +21,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from wandb.proto.wandb_internal_pb2 import Record
 
 from fedzo.errors import RunFolderError
-from fedzo.records.metrics import CentralScore, MetricRecord, Round, decode_metric
+from fedzo.records.metrics import CentralScore, MetricRecord, Round, Summary, decode_metric
 from fedzo.report.trackers import TRACKERS, TrackerSink, missing_libraries
 from fedzo.report.trackers.base import flat, numbers_of
 
@@ -158,6 +158,9 @@ def expected(folder: Path) -> Points:
             points["summary/best_round"].append((line["rounds"], line["best_round"]))
             points["summary/test_before"].append((line["rounds"], line["before"]["value"]))
             points["summary/test_after"].append((line["rounds"], line["after"]["value"]))
+            dev = [each for each in lines if each.get("split") == "dev"]
+            points["summary/dev_loss"].append((line["rounds"], min(each["loss"] for each in dev)))
+            points["summary/dev"].append((line["rounds"], max(each["value"] for each in dev)))
             points["summary/payload_up_bytes"].append((line["rounds"], line["payload_up_bytes"]))
     return points
 
@@ -285,6 +288,36 @@ def test_the_loss_of_a_calibration_is_no_training_loss(make_run: MakeRun) -> Non
     assert numbers.keys() - of_training.keys() == {"calibration/loss", "calibration/mean_abs_g"}
 
 
+def test_a_run_s_dev_score_is_that_of_its_best_round_and_older_runs_have_none(make_run: MakeRun) -> None:
+    summary = records(make_run())[-1]
+    assert isinstance(summary, Summary)
+    assert summary.dev is not None
+    best = replace(summary.dev, round=4, value=0.875, loss=0.125)
+
+    step, numbers = numbers_of(replace(summary, best_round=4, dev=best))
+    lossless = numbers_of(replace(summary, dev=replace(best, loss=None)))[1]
+    older = numbers_of(replace(summary, dev=None))[1]
+
+    assert (step, numbers["summary/dev_loss"], numbers["summary/dev"]) == (10, 0.125, 0.875)
+    assert numbers.keys() - lossless.keys() == {"summary/dev_loss"}
+    assert numbers.keys() - older.keys() == {"summary/dev_loss", "summary/dev"}
+
+
+def test_the_table_of_runs_in_tensorboard_has_the_dev_loss(make_run: MakeRun) -> None:
+    folder = make_run()
+    sink = opened("tensorboard", folder)
+    for record in records(folder):
+        sink.write(record)
+    sink.close()
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    shown = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
+    tags = {each.name.tag for each in shown}
+    assert "summary/dev_loss" in tags
+    assert tags <= {*events.Tags()["scalars"]}
+
+
 class Broken:
     """A tracker whose disk is full from the third record on."""
 
@@ -373,6 +406,29 @@ def test_mlflow_writes_where_its_own_variable_says_and_a_longer_run_keeps_its_fi
     assert (run.info.run_name, run.info.status) == (folder.name, "KILLED")
     assert (run.data.params["fl.rounds"], run.data.tags["fl.rounds"]) == ("10", "20")
     assert not (folder / "mlflow" / "mlflow.db").exists()
+
+
+def test_jobs_that_make_the_experiment_of_mlflow_at_the_same_moment_all_have_their_runs_in_it(
+    make_run: MakeRun, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"sqlite:///{shutil.copy(database, tmp_path / 'shared.db')}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    make = MlflowClient.create_experiment
+
+    def made_by_both(self: MlflowClient, *arguments: Any) -> str:
+        make(self, *arguments)  # another job is a little faster
+        return make(self, *arguments)
+
+    monkeypatch.setattr(MlflowClient, "create_experiment", made_by_both)
+    for name in ("first", "second"):
+        opened("mlflow", make_run(name)).close()
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("fedzo")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["first", "second"]
+    assert "it failed" not in caplog.text
 
 
 def test_scores_that_a_killed_run_owed_are_written_at_the_step_where_it_stopped(make_run: MakeRun) -> None:

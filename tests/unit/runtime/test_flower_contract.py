@@ -22,15 +22,16 @@ from typing import Any, cast
 import flwr
 import httpx
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common import constant
 from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT, HEARTBEAT_MIN_INTERVAL, HEARTBEAT_PATIENCE
 from flwr.supercore import constant as supercore_constant
 
 from fedzo.errors import ConfigError
+from fedzo.fl.messages import Hello, encode
 from fedzo.runtime import _flower
 from fedzo.runtime.net.daemons import NODE_LEASE_S
-from fedzo.runtime.net.gate import HOLD_S, MAX_WAIT_S, POLL, SEND, URGENCY
+from fedzo.runtime.net.gate import HOLD_S, MAX_WAIT_S, POLL, REPLY, SEND, URGENCY
 
 
 def parameters(function: object) -> list[str]:
@@ -432,6 +433,47 @@ def test_names_of_the_network_parts_have_the_shape_that_is_used() -> None:
 
 
 @pytest.mark.slow
+def test_that_a_question_is_lost_or_its_node_gone_counts_as_the_superlinks_word_alone() -> None:
+    """A client may put any error into its reply, and cannot send one in the name of the SuperLink."""
+    from flwr.server.superlink.linkstate import utils
+    from flwr.server.utils.validator import validate_message
+
+    from fedzo.runtime.net.serve import KeyedGrid
+
+    with _flower.one_federation(run_id=77):
+        asked = Message(RecordDict(), dst_node_id=5, message_type="train")
+        _flower.set_message_id(asked, "abc")
+    lost = utils.create_message_error_unavailable_ins_message("abc", 77)
+    gone = utils.create_message_error_unavailable_res_message(asked.metadata, "node_unavail")
+    forged = [Message(Error(each.error.code, each.error.reason), reply_to=asked) for each in (lost, gone)]
+    grid = cast(KeyedGrid, None)  # which these do not ask
+
+    told = [(KeyedGrid.lost(grid, each), KeyedGrid.unreachable(grid, each)) for each in (lost, gone, *forged)]
+
+    assert told == [(True, False), (False, True), (False, False), (False, False)]
+    forged[0].metadata.__dict__["_src_node_id"] = _flower.SUPERLINK_NODE_ID
+    assert any("src_node_id" in problem for problem in validate_message(forged[0], is_reply_message=True))
+
+
+@pytest.mark.slow
+def test_a_superlink_believes_whoever_is_first_to_say_what_a_part_is_made_of() -> None:
+    """So nobody may know a part of fedzo's messages before it is sent: not even what all its fields say is enough."""
+    from flwr.proto.message_pb2 import ObjectTree
+    from flwr.supercore.inflatable.inflatable_object import get_object_tree
+    from flwr.supercore.object_store.sql_object_store import SqlObjectStore
+
+    store = SqlObjectStore(":memory:")
+    store.initialize()
+    told = encode(Hello(client=1)).config_records["fedzo"]
+    known = ConfigRecord({name: value for name, value in told.items() if name != "salt"})
+    store.preregister(77, ObjectTree(object_id=known.object_id, children=[ObjectTree(object_id="f" * 64)]))
+
+    with pytest.raises(ValueError, match="was preregistered with different children"):
+        store.preregister(77, get_object_tree(RecordDict({"fedzo": known})))
+    assert len(store.preregister(77, get_object_tree(encode(Hello(client=1))))) == 2  # the record, and what holds it
+
+
+@pytest.mark.slow
 def test_superlink_serves_its_app_by_the_name_that_is_replaced() -> None:
     module = importlib.import_module("flwr.superlink.cli.flower_superlink")
 
@@ -551,6 +593,7 @@ def test_gate_sees_where_messages_come_from_and_go_to() -> None:
     timeout_s = inspect.signature(ProtobufClient.__init__).parameters["timeout"].default
     assert timeout_s > HOLD_S + MAX_WAIT_S
     assert f'path="{POLL}"' in inspect.getsource(FleetHttpClient.PullMessages)
+    assert f'path="{REPLY}"' in inspect.getsource(FleetHttpClient.PushMessages)
     assert f'path="{SEND}"' in inspect.getsource(RuntimeHttpClient.PushMessages)
     beat = inspect.getsource(FleetHttpClient.SendNodeHeartbeat)
     assert [path for path, urgency in URGENCY.items() if urgency == 0 and f'path="{path}"' in beat]

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from fedzo.commands.train import resume_run
+from fedzo.commands.resume import resume_run
 from fedzo.config.load import load
 from fedzo.config.travel import to_json
 from fedzo.errors import ConfigError, ProtocolError

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from fedzo.testing import check_server_optimizer
-from fedzo.zo.log import Drift, RoundRecord, VectorRecord
+from fedzo.zo.log import RoundRecord, VectorRecord
 from fedzo.zo.server_optimizer import ServerOptimizer, Sgd, round_direction, step_along
 from fedzo.zo.server_optimizer.control_variates import Scaffold
 from fedzo.zo.spaces.base import Space, Values
+from fedzo.zo.steps import Drift
 
 
 class Plain:

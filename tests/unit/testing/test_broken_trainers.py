@@ -13,7 +13,7 @@ from fedzo.errors import ConfigError
 from fedzo.models.loaded import LoadedModel
 from fedzo.testing import check_trainer
 from fedzo.testing.tiny_models import tiny_loaded
-from fedzo.trainers import Built, InputsConfig, Prepared, Workplace
+from fedzo.trainers import Built, InputsConfig, Prepared, TrainerContext
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
@@ -23,8 +23,8 @@ from fedzo.zo.spaces.dense import DenseSpace
 class Norms:
     """The one-dimensional weights, from a seed of 4 bytes."""
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
-        return Prepared(workplace.artifacts.put(workplace.seed.to_bytes(4, "little")))
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
+        return Prepared(context.artifacts.put(context.seed.to_bytes(4, "little")))
 
     def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         if artifact.size != 4:
@@ -42,17 +42,17 @@ class Norms:
 class TakesAFile(Norms):
     """The seed is in a file of the user's."""
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
-        assert workplace.inputs.artifact is not None
-        return Prepared(workplace.artifacts.put(Path(workplace.inputs.artifact).read_bytes()))
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
+        assert context.inputs.artifact is not None
+        return Prepared(context.artifacts.put(Path(context.inputs.artifact).read_bytes()))
 
 
 class BuildsFromMemory(Norms):
     kept = 0
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
-        self.kept = workplace.seed
-        return super().prepare(loaded, workplace)
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
+        self.kept = context.seed
+        return super().prepare(loaded, context)
 
     def built(self, loaded: LoadedModel, seed: int, distribution: Distribution) -> Built:
         return super().built(loaded, self.kept or id(self) % 2**32, distribution)
@@ -67,25 +67,25 @@ class DrawsItsStart(Norms):
 class ReadsWhatIsThere(Norms):
     """A file of an earlier start with other settings, too."""
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
-        kept = workplace.folder / "kept"
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
+        kept = context.folder / "kept"
         if not kept.exists():
-            kept.write_bytes(workplace.seed.to_bytes(4, "little"))
-        return Prepared(workplace.artifacts.put(kept.read_bytes()))
+            kept.write_bytes(context.seed.to_bytes(4, "little"))
+        return Prepared(context.artifacts.put(kept.read_bytes()))
 
 
 class PreparesAnew(Norms):
     calls = 0
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
         PreparesAnew.calls += 1
-        return Prepared(workplace.artifacts.put((workplace.seed + self.calls).to_bytes(4, "little")))
+        return Prepared(context.artifacts.put((context.seed + self.calls).to_bytes(4, "little")))
 
 
 class TrainsWhilePreparing(Norms):
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
         next(loaded.model.parameters()).data.mul_(1.5)
-        return super().prepare(loaded, workplace)
+        return super().prepare(loaded, context)
 
 
 class ForgetsToReset(Norms):
@@ -129,8 +129,8 @@ class IgnoresTheLaw(Norms):
 
 
 class GivesADoubleGradient(Norms):
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
-        return replace(super().prepare(loaded, workplace), gradient=torch.ones(3, dtype=torch.float64))
+    def prepare(self, loaded: LoadedModel, context: TrainerContext) -> Prepared:
+        return replace(super().prepare(loaded, context), gradient=torch.ones(3, dtype=torch.float64))
 
 
 def test_without_a_fault_it_passes() -> None:
@@ -149,7 +149,7 @@ def test_a_trainer_gets_the_files_that_the_user_gave(tmp_path: Path) -> None:
     [
         (BuildsFromMemory, r"two peers must build the same values from one artifact"),
         (DrawsItsStart, r"two peers must build the same values from one artifact"),
-        (ReadsWhatIsThere, r"must read no file of its folder where workplace\.resumed is false"),
+        (ReadsWhatIsThere, r"must read no file of its folder where context\.resumed is false"),
         (PreparesAnew, r"prepare called again in its folder must give the same artifact"),
         (TrainsWhilePreparing, r"prepare must leave the model as it was: 1 of \d+ tensors differ"),
         (GivesADoubleGradient, r"prepare's gradient must be float32 \[160\] on the CPU, got torch\.float64 \[3\]"),

@@ -31,7 +31,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import attach, check_answer_length, detach, longest_sequence
 from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model, tiny_model_from
-from fedzo.trainers import TRAINERS, Built, Workplace
+from fedzo.trainers import TRAINERS, Built, TrainerContext
 from fedzo.trainers.adapters import (
     AdapterTrainer,
     Ia3TrainerConfig,
@@ -44,7 +44,7 @@ from fedzo.trainers.base import TrainerConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.estimator import TwoPoint
-from fedzo.zo.log import apply_steps
+from fedzo.zo.steps import apply_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
 
@@ -92,7 +92,7 @@ def name_of(config: TrainerConfig) -> str:
 def build(loaded: LoadedModel, config: TrainerConfig, *, seed: int = 7) -> Built:
     trainer = TRAINERS.build(config)
     with tempfile.TemporaryDirectory() as folder:
-        place = Workplace(folder=Path(folder), seed=seed, texts=list)
+        place = TrainerContext(folder=Path(folder), seed=seed, texts=list)
         return trainer.build(loaded, trainer.prepare(loaded, place).artifact, distribution=Distribution.gaussian)
 
 
@@ -331,9 +331,10 @@ def test_virtual_tokens_take_positions() -> None:
     assert longest_sequence(loaded.model, 507) == 512
     with pytest.raises(ConfigError, match=r"task\.max_length must be <= 507, since 5 of 512 positions"):
         longest_sequence(loaded.model, 508)
-    assert generate(loaded, [[i % 250 for i in range(600)]], max_new_tokens=4, tokens_per_batch=600) == generate(
-        loaded, [[i % 250 for i in range(97, 600)]], max_new_tokens=4, tokens_per_batch=600
-    )
+    prompt = [i % 250 for i in range(503)]
+    assert len(generate(loaded, [prompt], max_new_tokens=4, tokens_per_batch=600)) == 1
+    with pytest.raises(ConfigError, match=r"together with 4 tokens of an answer and 5 virtual ones, got 504 tokens"):
+        generate(loaded, [[*prompt, 3]], max_new_tokens=4, tokens_per_batch=600)
     remove(loaded.model)
     assert longest_sequence(loaded.model, 512) == 512
 

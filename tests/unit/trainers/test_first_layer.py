@@ -22,7 +22,7 @@ from fedzo.models.adapters import remove
 from fedzo.models.blocks import norms_from
 from fedzo.models.loaded import LoadedModel
 from fedzo.testing.tiny_models import tiny_loaded, tiny_model, tiny_model_from
-from fedzo.trainers import TRAINERS, Workplace
+from fedzo.trainers import TRAINERS, TrainerContext
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig
 from fedzo.trainers.base import LayeredConfig
 from fedzo.trainers.calibration import CalibrationSource
@@ -38,11 +38,11 @@ LAW = Distribution.gaussian
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    return Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS)
+def place(tmp_path: Path) -> TrainerContext:
+    return TrainerContext(folder=tmp_path, seed=3, texts=lambda: TEXTS)
 
 
-def moved(loaded: LoadedModel, config: LayeredConfig, place: Workplace) -> set[str]:
+def moved(loaded: LoadedModel, config: LayeredConfig, place: TrainerContext) -> set[str]:
     """Names of the parameters that a step moves; the reset must put all of them back."""
     trainer = TRAINERS.build(config)
     built = trainer.build(loaded, trainer.prepare(loaded, place).artifact, distribution=LAW)
@@ -60,7 +60,7 @@ def moved(loaded: LoadedModel, config: LayeredConfig, place: Workplace) -> set[s
     [MezoConfig(), MeerkatConfig(density=0.05, **SMALL), LoraTrainerConfig(), Ia3TrainerConfig()],
     ids=lambda config: type(config).__name__,
 )
-def test_steps_move_the_upper_blocks_alone(config: LayeredConfig, family: str, place: Workplace) -> None:
+def test_steps_move_the_upper_blocks_alone(config: LayeredConfig, family: str, place: TrainerContext) -> None:
     whole, upper = tiny_loaded(family), tiny_loaded(family)
     blocks = {"opt": "model.decoder.layers", "gpt2": "transformer.h"}.get(family, "model.layers")
 
@@ -81,7 +81,7 @@ NORMS = {
 
 
 @pytest.mark.parametrize("family", NORMS)
-def test_norms_are_those_of_the_upper_blocks_and_behind_them(family: str, place: Workplace) -> None:
+def test_norms_are_those_of_the_upper_blocks_and_behind_them(family: str, place: TrainerContext) -> None:
     blocks = {"opt": "model.decoder.layers", "gpt2": "transformer.h"}.get(family, "model.layers")
     found = [moved(tiny_loaded(family), NormsConfig(first_layer=first), place) for first in range(3)]
 
@@ -92,7 +92,7 @@ def test_norms_are_those_of_the_upper_blocks_and_behind_them(family: str, place:
         assert names == found[2] | {name for name in inner if int(name[len(blocks) + 1]) >= first}
 
 
-def test_a_norm_of_the_embeddings_lies_before_the_blocks(place: Workplace) -> None:
+def test_a_norm_of_the_embeddings_lies_before_the_blocks(place: TrainerContext) -> None:
     model = tiny_model_from(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64))
 
     assert [name for name in norms_from(model, 0) if "embed" in name] == [
@@ -127,7 +127,7 @@ def test_norms_that_are_not_there_are_refused() -> None:
         norms_from(model, 2)
 
 
-def test_tables_of_the_upper_blocks_and_their_part_of_the_gradient(place: Workplace) -> None:
+def test_tables_of_the_upper_blocks_and_their_part_of_the_gradient(place: TrainerContext) -> None:
     config = TablesConfig(**SMALL)
     whole, upper = tiny_loaded(sketched=True), tiny_loaded(sketched=True)
     gradient = TRAINERS.build(config).prepare(whole, place).gradient
@@ -147,7 +147,7 @@ def test_tables_of_the_upper_blocks_and_their_part_of_the_gradient(place: Workpl
 
 
 @pytest.mark.parametrize("selector", Selector)
-def test_a_mask_of_the_upper_blocks_is_the_whole_masks_part(selector: Selector, place: Workplace) -> None:
+def test_a_mask_of_the_upper_blocks_is_the_whole_masks_part(selector: Selector, place: TrainerContext) -> None:
     config = MeerkatConfig(density=0.05, selector=selector, **SMALL)
     loaded = tiny_loaded("llama")
 
@@ -161,7 +161,7 @@ def test_a_mask_of_the_upper_blocks_is_the_whole_masks_part(selector: Selector, 
     assert (whole.manifest.get("first_layer"), upper.manifest["first_layer"]) == (None, "1")
 
 
-def test_the_share_of_all_together_is_of_the_upper_blocks(place: Workplace) -> None:
+def test_the_share_of_all_together_is_of_the_upper_blocks(place: TrainerContext) -> None:
     config = MeerkatConfig(density=0.05, selector=Selector.magnitude, granularity=Granularity.everywhere, first_layer=1)
     loaded = tiny_loaded("llama")
 
@@ -171,7 +171,7 @@ def test_the_share_of_all_together_is_of_the_upper_blocks(place: Workplace) -> N
     assert mask.size == int(0.05 * sum(p.numel() for p in eligible))
 
 
-def test_a_mask_that_is_given_tells_its_first_layer(place: Workplace, tmp_path: Path) -> None:
+def test_a_mask_that_is_given_tells_its_first_layer(place: TrainerContext, tmp_path: Path) -> None:
     config = MeerkatConfig(density=0.05, selector=Selector.magnitude, first_layer=1)
     mask: Mask = choose_mask(config, tiny_loaded("llama"), place)
     save_mask(mask, tmp_path / "given.safetensors")
@@ -181,7 +181,7 @@ def test_a_mask_that_is_given_tells_its_first_layer(place: Workplace, tmp_path: 
         MeerkatConfig(first_layer=2).recipe_of(tmp_path / "given.safetensors")
 
 
-def test_a_mask_of_all_blocks_does_not_pass_for_one_of_the_upper(place: Workplace, tmp_path: Path) -> None:
+def test_a_mask_of_all_blocks_does_not_pass_for_one_of_the_upper(place: TrainerContext, tmp_path: Path) -> None:
     mask = choose_mask(MeerkatConfig(density=0.05, selector=Selector.magnitude), tiny_loaded("llama"), place)
     save_mask(mask, tmp_path / "given.safetensors")
 
@@ -191,7 +191,9 @@ def test_a_mask_of_all_blocks_does_not_pass_for_one_of_the_upper(place: Workplac
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
 @pytest.mark.parametrize("config", [LoraTrainerConfig(first_layer=1), Ia3TrainerConfig(first_layer=1)])
-def test_a_saved_adapter_of_the_upper_blocks_is_read_by_peft(config: Any, place: Workplace, tmp_path: Path) -> None:
+def test_a_saved_adapter_of_the_upper_blocks_is_read_by_peft(
+    config: Any, place: TrainerContext, tmp_path: Path
+) -> None:
     loaded, ids = tiny_loaded("llama"), torch.arange(24).reshape(2, 12) * 7 % 256
     trainer = TRAINERS.build(config)
     built = trainer.build(loaded, trainer.prepare(loaded, place).artifact, distribution=LAW)
@@ -214,12 +216,12 @@ def test_a_saved_adapter_of_the_upper_blocks_is_read_by_peft(config: Any, place:
     [MezoConfig(first_layer=2), MeerkatConfig(first_layer=2, **SMALL), LoraTrainerConfig(first_layer=2)],
     ids=lambda config: type(config).__name__,
 )
-def test_a_first_layer_that_the_model_lacks_is_refused(config: LayeredConfig, place: Workplace) -> None:
+def test_a_first_layer_that_the_model_lacks_is_refused(config: LayeredConfig, place: TrainerContext) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.first_layer must be < 2, the number of blocks .*, got 2\. Lower"):
         moved(tiny_loaded("llama"), config, place)
 
 
-def test_a_layer_of_which_no_upper_block_has_one_is_refused(place: Workplace) -> None:
+def test_a_layer_of_which_no_upper_block_has_one_is_refused(place: TrainerContext) -> None:
     config = LoraTrainerConfig(first_layer=1, target_modules=["layers.0.self_attn.q_proj"])
     with pytest.raises(ConfigError, match=r"trainer\.target_modules must name layers in the blocks from .*=1 on"):
         TRAINERS.build(config).build(tiny_loaded("llama"), place.artifacts.put(bytes(8)), distribution=LAW)
@@ -232,7 +234,7 @@ def test_a_negative_first_layer_is_refused_with_the_other_problems() -> None:
     assert [problem.key for problem in launch_problems(config)] == ["trainer.first_layer"]
 
 
-def test_each_layer_that_the_user_names_must_be_in_an_upper_block(place: Workplace) -> None:
+def test_each_layer_that_the_user_names_must_be_in_an_upper_block(place: TrainerContext) -> None:
     """Also where another of the names is in one."""
     config = LoraTrainerConfig(first_layer=1, target_modules=["q_proj", "lm_head"])
     with pytest.raises(ConfigError, match=r"trainer\.target_modules must name layers .*=1 on, which have no lm_head\."):
@@ -240,7 +242,7 @@ def test_each_layer_that_the_user_names_must_be_in_an_upper_block(place: Workpla
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
-def test_layers_of_the_default_that_no_upper_block_has_are_left_out(place: Workplace) -> None:
+def test_layers_of_the_default_that_no_upper_block_has_are_left_out(place: TrainerContext) -> None:
     loaded: Any = tiny_loaded("llama")
     loaded.model.model.layers[1].mlp = nn.Identity()
     config = Ia3TrainerConfig(first_layer=1)
@@ -250,7 +252,7 @@ def test_layers_of_the_default_that_no_upper_block_has_are_left_out(place: Workp
     assert built.space.size == 16 + 16  # keys and values
 
 
-def test_upper_blocks_of_another_kind_have_no_layer_of_the_default(place: Workplace) -> None:
+def test_upper_blocks_of_another_kind_have_no_layer_of_the_default(place: TrainerContext) -> None:
     """As those of hybrids, whose attention is in some blocks alone."""
 
     class Mixer(nn.Module):

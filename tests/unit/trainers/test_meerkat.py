@@ -12,7 +12,7 @@ from fedzo.errors import ConfigError
 from fedzo.masks.mask import Mask
 from fedzo.masks.mask_file import save_mask
 from fedzo.testing.tiny_models import tiny_loaded
-from fedzo.trainers import Workplace
+from fedzo.trainers import TrainerContext
 from fedzo.trainers.calibration import CalibrationSource
 from fedzo.trainers.meerkat import MeerkatConfig, choose_mask
 
@@ -25,7 +25,7 @@ CHOSEN = MeerkatConfig(
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
     """The file of a mask that ``CHOSEN`` made."""
-    place = Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS)
+    place = TrainerContext(folder=tmp_path, seed=3, texts=lambda: TEXTS)
     save_mask(choose_mask(CHOSEN, tiny_loaded("llama"), place), tmp_path / "given.safetensors")
     return tmp_path / "given.safetensors"
 

@@ -18,7 +18,7 @@ from fedzo.models.load import wrap_model
 from fedzo.models.sketched.table_file import write_tables
 from fedzo.sketch import sketched_layers, tables_of, unpack
 from fedzo.testing.tiny_models import byte_tokenizer, tiny_loaded, tiny_model, tiny_sketch
-from fedzo.trainers import TRAINERS, Workplace
+from fedzo.trainers import TRAINERS, TrainerContext
 from fedzo.trainers.artifacts import EMPTY
 from fedzo.trainers.calibration import CalibrationSource, calibration_windows
 from fedzo.trainers.tables import GRADIENT_FILE, TablesConfig
@@ -34,9 +34,9 @@ IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Callable[..., Workplace]:
-    def make(**extra: Any) -> Workplace:
-        return Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS, **extra)
+def place(tmp_path: Path) -> Callable[..., TrainerContext]:
+    def make(**extra: Any) -> TrainerContext:
+        return TrainerContext(folder=tmp_path, seed=3, texts=lambda: TEXTS, **extra)
 
     return make
 
@@ -70,7 +70,7 @@ def test_values_are_the_tables_in_the_order_of_named_parameters() -> None:
     assert np.array_equal(moved, expected - np.float32(0.5) * direction(11, expected.size))
 
 
-def test_the_gradient_is_autograd_s_in_tables_of_a_dense_model(place: Callable[..., Workplace]) -> None:
+def test_the_gradient_is_autograd_s_in_tables_of_a_dense_model(place: Callable[..., TrainerContext]) -> None:
     loaded, config = tiny_loaded(sketched=True), TablesConfig(**SMALL)
 
     gradient = TRAINERS.build(config).prepare(loaded, place()).gradient
@@ -93,7 +93,7 @@ def test_the_gradient_is_autograd_s_in_tables_of_a_dense_model(place: Callable[.
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(add_bos=True), byte_tokenizer(add_bos=True, add_eos=True)])
 def test_a_calibration_window_begins_as_the_tokenizer_begins_a_text(
-    tokenizer: Any, place: Callable[..., Workplace]
+    tokenizer: Any, place: Callable[..., TrainerContext]
 ) -> None:
     config = TablesConfig(**SMALL)
     plain = calibration_windows(config, tiny_loaded(), place())
@@ -107,7 +107,7 @@ def test_a_calibration_window_begins_as_the_tokenizer_begins_a_text(
 
 
 def test_a_calibration_window_is_no_longer_than_the_model_s_positions(tmp_path: Path) -> None:
-    place = Workplace(folder=tmp_path, seed=3, texts=lambda: ["many words " * 60] * 3)
+    place = TrainerContext(folder=tmp_path, seed=3, texts=lambda: ["many words " * 60] * 3)
 
     def windows(num_tokens: int) -> list[torch.Tensor]:
         return calibration_windows(
@@ -121,7 +121,9 @@ def test_a_calibration_window_is_no_longer_than_the_model_s_positions(tmp_path: 
         windows(513)
 
 
-def test_a_resumed_run_goes_on_with_the_gradient_that_was_kept(place: Callable[..., Workplace], tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_the_gradient_that_was_kept(
+    place: Callable[..., TrainerContext], tmp_path: Path
+) -> None:
     loaded, trainer = tiny_loaded(sketched=True), TRAINERS.build(TablesConfig(**SMALL))
     first = trainer.prepare(loaded, place()).gradient
     write_tables(
@@ -138,7 +140,7 @@ def test_a_resumed_run_goes_on_with_the_gradient_that_was_kept(place: Callable[.
     assert torch.equal(anew, first)  # type: ignore[arg-type]
 
 
-def test_without_a_gradient_no_text_is_read(place: Callable[..., Workplace]) -> None:
+def test_without_a_gradient_no_text_is_read(place: Callable[..., TrainerContext]) -> None:
     config = TablesConfig(gradient=False)
 
     assert TRAINERS.build(config).prepare(tiny_loaded(sketched=True), place()).gradient is None
@@ -146,7 +148,7 @@ def test_without_a_gradient_no_text_is_read(place: Callable[..., Workplace]) -> 
     assert TablesConfig().for_timing() == config
 
 
-def test_a_model_without_tables_is_named_with_its_remedy(place: Callable[..., Workplace]) -> None:
+def test_a_model_without_tables_is_named_with_its_remedy(place: Callable[..., TrainerContext]) -> None:
     trainer = TRAINERS.build(TablesConfig())
 
     for use in (

@@ -9,7 +9,7 @@ import pytest
 
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.log import RoundRecord, local_step, unpack
+from fedzo.zo.log import RoundRecord, unpack
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
     AdamConfig,
@@ -25,6 +25,7 @@ from fedzo.zo.server_optimizer import (
 )
 from fedzo.zo.server_optimizer.control_variates import end_models
 from fedzo.zo.spaces.base import Values
+from fedzo.zo.steps import local_step
 
 SEED = 5
 Batch = np.ndarray

@@ -12,9 +12,9 @@ from torch import nn
 from fedzo.zo import directions
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.directions import PURPOSE_ROUNDING, direction, halves, halves_at, philox, stream_key
-from fedzo.zo.log import apply_steps
 from fedzo.zo.rounding import round_stochastically
 from fedzo.zo.spaces.full import FullSpace
+from fedzo.zo.steps import apply_steps
 
 NARROW = [torch.bfloat16, torch.float16]
 BEYOND = {torch.bfloat16: 2.0**128, torch.float16: 2.0**16}

@@ -14,7 +14,7 @@ from fedzo.errors import ConfigError
 from fedzo.registry import Registry
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.log import RoundRecord, apply_record
+from fedzo.zo.log import RoundRecord
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
     Adam,
@@ -30,6 +30,7 @@ from fedzo.zo.server_optimizer import (
     round_direction,
 )
 from fedzo.zo.server_optimizer.adam import _power
+from fedzo.zo.steps import apply_record
 
 SEED, N = 11, 5
 THETA = np.array([1.0, -2.0, 0.5, 3.0, -0.25], np.float32)

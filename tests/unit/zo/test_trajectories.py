@@ -25,7 +25,7 @@ from fedzo.zo.estimator import (
     ZerothOrderConfig,
     build_estimator,
 )
-from fedzo.zo.log import RoundRecord, local_step
+from fedzo.zo.log import RoundRecord
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
     AdamConfig,
@@ -38,6 +38,7 @@ from fedzo.zo.server_optimizer import (
     SgdConfig,
     learning_rate,
 )
+from fedzo.zo.steps import local_step
 
 GOLDEN = Path(__file__).with_name("trajectories_golden.json")
 SEED, ROUNDS, PROBES = 5, 5, 3

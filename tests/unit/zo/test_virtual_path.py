@@ -15,8 +15,8 @@ from fedzo.zo import directions
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, direction_at, dot_direction, stream_key
 from fedzo.zo.kernels import SPAN
+from fedzo.zo.keys import step_key
 from fedzo.zo.log import RoundRecord
-from fedzo.zo.seeds import step_key
 from fedzo.zo.virtual_path import VirtualPath, round_products, virtual_paths
 
 LAWS = list(Distribution)
@@ -32,11 +32,11 @@ def paths_of(
     *,
     run_seed: int,
     round: int,
-    shared_seeds: bool,
+    shared: bool,
     distribution: Distribution,
 ) -> dict[int, VirtualPath]:
     """As the server gets them: the products of a record's directions, then the paths."""
-    owners = (SHARED,) if shared_seeds else tuple(sorted(scalars))
+    owners = (SHARED,) if shared else tuple(sorted(scalars))
     steps, probes = np.max([(1, 1), *(g.shape for g in scalars.values())], axis=0)
     record = RoundRecord(
         round=round, lr=1.0, owners=owners, coefficients=np.zeros((steps, probes, len(owners)), np.float32)
@@ -117,7 +117,7 @@ def test_three_coordinates_by_hand() -> None:
         {3: np.array([[-0.5]], np.float32)},
         run_seed=0,
         round=4,
-        shared_seeds=True,
+        shared=True,
         distribution=Distribution.rademacher,
     )
 
@@ -143,7 +143,7 @@ def test_all_clients_equal_whole_vectors_and_single_calls(
     }
 
     def run(some: dict[int, np.ndarray]) -> dict:
-        return paths_of(torch.from_numpy(gradient), some, run_seed=seed, round=6, shared_seeds=shared, distribution=law)
+        return paths_of(torch.from_numpy(gradient), some, run_seed=seed, round=6, shared=shared, distribution=law)
 
     together = run(scalars)
 
@@ -201,7 +201,7 @@ def test_a_direction_is_read_once_for_all_clients_that_share_it(monkeypatch: pyt
             dict.fromkeys(range(num_clients), g),
             run_seed=1,
             round=0,
-            shared_seeds=shared,
+            shared=shared,
             distribution=Distribution.gaussian,
         )
         return len(asked)
@@ -212,7 +212,7 @@ def test_a_direction_is_read_once_for_all_clients_that_share_it(monkeypatch: pyt
 
 def test_a_dropped_step_has_no_direction_and_no_clients_have_no_paths() -> None:
     def run(scalars: dict[int, np.ndarray], gradient: torch.Tensor) -> dict:
-        return paths_of(gradient, scalars, run_seed=1, round=0, shared_seeds=True, distribution=Distribution.gaussian)
+        return paths_of(gradient, scalars, run_seed=1, round=0, shared=True, distribution=Distribution.gaussian)
 
     path = run({0: np.array([[0.0], [1.0]], np.float32)}, torch.ones(20))[0]
 
@@ -235,7 +235,7 @@ def test_a_dropped_step_has_no_direction_and_no_clients_have_no_paths() -> None:
 )
 def test_what_is_no_round_is_refused(gradient: torch.Tensor, scalars: dict[int, np.ndarray], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        paths_of(gradient, scalars, run_seed=0, round=0, shared_seeds=True, distribution=Distribution.gaussian)
+        paths_of(gradient, scalars, run_seed=0, round=0, shared=True, distribution=Distribution.gaussian)
 
 
 def test_the_mean_over_directions_is_the_inner_product_of_the_gradients() -> None:
@@ -251,7 +251,7 @@ def test_the_mean_over_directions_is_the_inner_product_of_the_gradients() -> Non
         {0: g},
         run_seed=3,
         round=0,
-        shared_seeds=True,
+        shared=True,
         distribution=Distribution.gaussian,
     )[0]
 

@@ -52,18 +52,22 @@ def read_answer(body: bytes, *, prompt_tokens: int, completion_tokens: int) -> C
         completion_tokens: Told where the endpoint does not count.
 
     Raises:
-        MalformedError: It is not JSON, has another shape, or no text.
+        MalformedError: It is not JSON, has another shape, or no text, or tells of an error.
     """
     value = parse_json(body, where="answer", error=MalformedError)
+    if type(value) is dict and "error" in value and "choices" not in value:
+        raise MalformedError(f"an error in place of an answer: {error_words(body[:4000])}")
     choices = _entry(value, "choices", "answer")
     if type(choices) is not list or not choices:
         raise MalformedError("answer.choices must be a list that is not empty")
     message = _entry(choices[0], "message", "answer.choices[0]")
+    text = _entry(message, "content", "answer.choices[0].message")
+    end = _entry(choices[0], "finish_reason", "answer.choices[0]", required=False)
     usage = _entry(value, "usage", "answer", required=False)
     counts = ("prompt_tokens", "completion_tokens")
     known: dict[str, Any] = {
-        "text": _entry(message, "content", "answer.choices[0].message"),
-        "finish_reason": _entry(choices[0], "finish_reason", "answer.choices[0]", required=False),
+        "text": "" if text is None and end == "length" else text,  # its thought, which is elsewhere, took all tokens
+        "finish_reason": end,
         "model": _entry(value, "model", "answer", required=False) or "",
     } | {name: None if usage is None else _entry(usage, name, "answer.usage", required=False) for name in counts}
     answer = decode(_Answer, known, where="answer", error=MalformedError)

@@ -24,8 +24,9 @@ from fedzo.data.preprocess.rephrase.answers import without_thought
 from fedzo.data.preprocess.rephrase.store import Store, request_key
 from fedzo.system import OnProgress, no_progress
 
-MAX_TRIES = 6
-"""How often a request is made to an endpoint that says that it is busy."""
+MAX_TRIES = 8
+"""How often a request is made to an endpoint that says that it is busy: over two minutes, as a quota is often one a
+minute."""
 MAX_BUSY = 10
 """How often in a row, without an answer between, an endpoint may say that it is busy before it counts as down."""
 FIRST_WAIT_S = 1.0
@@ -36,6 +37,9 @@ CALLS_PER_STEP_UP = 10
 """Answers in a row after which one call more is made at once, up to the backend's own number."""
 MAX_FAULTS, FEWEST_CALLS = 0.2, 20
 """Share of faults above which nothing more is asked, once there were that many calls. Both are guesses."""
+MAX_UNANSWERED = 20
+"""How many calls on end may have no answer (a timeout, a broken connection, an error of the server) before the endpoint
+counts as down. Where one call in five has none by chance, so many on end come once in 10**14."""
 
 
 @dataclass(slots=True)
@@ -61,12 +65,13 @@ class Totals:
 
 @dataclass(slots=True)
 class _Job:
-    """A request that waits, with all its places in the sequence."""
+    """A request that waits, with all its places in the sequence, and whether a kept answer stands just before it."""
 
     request: Request
     key: str
     places: list[int]
     prompt_tokens: int
+    after_kept: bool
     tries: int = 0
 
 
@@ -87,17 +92,22 @@ class Caller:
         store: Where answers are kept; faults are not.
         config: The budgets: they count from now, and what the store has costs nothing.
         totals: What earlier callers of the same command or run did, for which the budgets hold, too.
+
+    Attributes:
+        kept: Answers that were there before: the share of faults is of these, too, for what has failed is asked again.
     """
 
     def __init__(self, backend: Backend, store: Store, config: RewriterConfig, *, totals: Totals | None = None) -> None:
         self.totals = Totals() if totals is None else totals
         self._before = replace(self.totals)  # faults of an outage that is over say nothing of this endpoint
+        self.kept = 0
         self._backend = backend
         self._store = store
         self._config = config
         self._limit = backend.concurrency
         self._in_a_row = 0
         self._busy_in_a_row = 0
+        self._unanswered = 0
         self._not_before = 0.0
         self._eased = 0.0  # when the limit fell last: calls begun before say nothing new
 
@@ -160,14 +170,17 @@ class Caller:
         """What must be asked for; answers of the store are put into ``results``."""
         fingerprints = {model: self._backend.fingerprint(model) for model in {request.model for request in requests}}
         jobs: dict[str, _Job] = {}
+        after_kept = False
         for place, request in enumerate(requests):
             key = request_key(request, model=fingerprints[request.model])
             if (stored := self._store.get(key)) is not None:
-                results[place] = stored
+                results[place], after_kept = stored, True
+                self.kept += 1
             elif key in jobs:
                 jobs[key].places.append(place)
             else:
-                jobs[key] = _Job(request, key, [place], self._backend.count_tokens(request))
+                jobs[key] = _Job(request, key, [place], self._backend.count_tokens(request), after_kept)
+                after_kept = False
         return list(jobs.values())
 
     def _begin(self, batch: list[_Job], outcomes: queue.SimpleQueue[_Outcome]) -> None:
@@ -243,6 +256,11 @@ class Caller:
             if result.reason is not RowReason.refused:  # else nobody knows what it took
                 self.totals.prompt_tokens += job.prompt_tokens
                 self.totals.answer_tokens += job.request.max_tokens
+        if isinstance(result, RowFault) and result.reason in (RowReason.timeout, RowReason.unavailable):
+            # behind a kept answer stands what failed before, and may fail for ever, while the endpoint is there
+            self._unanswered = 1 if job.after_kept else self._unanswered + 1
+        else:
+            self._unanswered = 0
         self._busy_in_a_row = 0
         self._in_a_row += begun >= self._eased
         if self._in_a_row >= CALLS_PER_STEP_UP and self._limit < self._backend.concurrency:
@@ -284,15 +302,21 @@ class Caller:
             self.totals.waiting_s = 0.0
 
     def _no_use(self) -> EndpointError | None:
-        calls, faults = self.totals.calls - self._before.calls, self.totals.faults - self._before.faults
+        said = "; ".join(self.totals.said.values())
         if self._busy_in_a_row >= MAX_BUSY:
             return EndpointError(
                 f"The endpoint said {MAX_BUSY} times in a row that it is busy. Its quota may be spent: look there, or "
                 "start again later. What is done is kept."
             )
+        if self._unanswered >= MAX_UNANSWERED:
+            return EndpointError(
+                f"{self._unanswered} calls on end had no answer ({said}). See whether the endpoint is down, or raise "
+                "rewriter.timeout_s. What is done is kept, and what failed is asked again."
+            )
+        faults = self.totals.faults - self._before.faults
+        calls = self.totals.calls - self._before.calls + self.kept
         if calls < FEWEST_CALLS or faults <= MAX_FAULTS * calls:
             return None
-        said = "; ".join(self.totals.said.values())
         return EndpointError(
             f"{faults} of {calls} calls failed, which is more than {MAX_FAULTS:.0%} ({said}). Correct the endpoint, "
             "its model or rewriter.timeout_s. What is done is kept, and what failed is asked again."

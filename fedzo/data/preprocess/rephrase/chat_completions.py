@@ -112,7 +112,7 @@ class ChatCompletions:
         }
         if request.temperature > 0:
             body["seed"] = request.seed
-        if request.schema is not None:
+        if request.schema is not None and self._config.json_schema:
             schema = {"name": "answer", "strict": True, "schema": dict(request.schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
@@ -147,13 +147,18 @@ class ChatCompletions:
             raise BusyError(retry_after(headers.get("retry-after")))
         words = error_words(body[:4000])
         said = f"{status} {words}".strip()
+        if status in (400, 422) and request.schema is not None and self._config.json_schema:
+            said += " (if it means response_format: rewriter.json_schema=false sends none)"
         if status in OF_THE_ROW:
             raise RowFault(OF_THE_ROW[status], said)
         if 500 <= status <= 599:
             raise RowFault(RowReason.unavailable, said)
         if 200 <= status <= 299:
             raise MalformedError(f"status {said} instead of 200")
-        raise EndpointError(f"{self._url} answered {said}. {self._remedy(status, headers)} What is done is kept.")
+        remedy = self._remedy(status, headers)
+        if status == 403 and request.where:  # so some providers answer to a text that they object to
+            remedy += f" If it refuses the text, leave {request.where} out of the data."
+        raise EndpointError(f"{self._url} answered {said}. {remedy} What is done is kept.")
 
     def _remedy(self, status: int, headers: httpx.Headers) -> str:
         name = self._config.key_variable

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 from fedzo.data.files import Row
@@ -97,6 +98,8 @@ def check(
 ) -> Checked:
     """Clean an answer and look for its first fault among ``rules.checks``, in the order of ``Check``.
 
+    ``empty`` and ``truncated`` are among them whatever the rules: what is blank or cut off is no rewrite.
+
     An answer that is the original is no fault, whatever the original holds. Two rows are unusable all the same,
     as nothing could be said of any rewrite: an empty original (``empty``), and one in which an anchor does not occur
     as whole words (``anchors``; WiC's word is often inflected in its sentence).
@@ -131,7 +134,7 @@ def check(
         Check.leak: _leaks,
     }
     case = _Case(text, original, row, label, prompts, rules, words(text), words(original))
-    wanted = [each for each in Check if each in rules.checks]
+    wanted = [each for each in Check if each in (Check.empty, Check.truncated, *rules.checks)]
     return Checked(text, next((each for each in wanted if faults[each](case)), None))
 
 
@@ -256,25 +259,43 @@ def _anchors(row: Row, task: RephraseTask) -> list[list[str]]:
     return [words(str(answers_in(row, column)[0])) for column in task.anchors]
 
 
-def leaked_words(text: str, original: str, *, row: Row, task: RephraseTask, label: int) -> list[str]:
-    """Words, or answers of several words, that are new in a rewrite and belong to one answer only.
+def leaking_labels(new: Sequence[str], old: Sequence[str], *, row: Row, task: RephraseTask) -> set[int]:
+    """Labels of which a rewrite has a new word, or a new answer of several words, that belongs to no other label.
 
     Of a choice these are its content words, by their first five letters: "sneezing" tells as much as "sneezed".
+
+    Args:
+        new: Words of the rewrite.
+        old: Words of the original.
+        row: The original's.
+        task: Of the row.
     """
-    new, old = words(text), words(original)
-    if not task.choices:
-        told = [set(each) for each in task.answer_words]
-        others = {word for number, each in enumerate(told) if number != label for word in each}
-        own = told[label] - others - _LETTERS if told else set()
-        return sorted(each for each in own if holds(new, words(each)) and not holds(old, words(each)))
-    stems = [_stems(str(row[choice])) for choice in task.choices]
-    others = {stem for number, each in enumerate(stems) if number != label for stem in each}
-    telling = stems[label] - others - _stems(original)
-    return sorted(word for word in {*new} - {*old} - STOP_WORDS if word[:_STEM] in telling)
+    if task.choices:
+        stems = [_stems(words(str(row[choice]))) for choice in task.choices]
+        count = Counter(stem for each in stems for stem in each)
+        added = _stems({*new} - {*old}) - _stems(old)
+        return {label for label, each in enumerate(stems) if any(count[stem] == 1 for stem in each & added)}
+    own = _own_answers(task.answer_words)
+    sizes = {len(answer) for answer in own}
+    added_phrases = {phrase for size in sizes for phrase in {*phrases(new, size)} - {*phrases(old, size)}}
+    return {own[phrase] for phrase in added_phrases if phrase in own}
 
 
-def _stems(text: str) -> set[str]:
-    return {word[:_STEM] for word in words(text) if word not in STOP_WORDS}
+@cache
+def _own_answers(answers: tuple[tuple[str, ...], ...]) -> dict[tuple[str, ...], int]:
+    """The words of each answer that stands for one label only, and that label."""
+    told = [{tuple(words(each)) for each in label} for label in answers]
+    count = Counter(answer for label in told for answer in label)
+    return {
+        answer: number
+        for number, label in enumerate(told)
+        for answer in label
+        if count[answer] == 1 and not _LETTERS.issuperset(answer)
+    }
+
+
+def _stems(tokens: Iterable[str]) -> set[str]:
+    return {word[:_STEM] for word in tokens if word not in STOP_WORDS}
 
 
 def _leaks(case: _Case) -> bool:
@@ -286,7 +307,7 @@ def _leaks(case: _Case) -> bool:
     if label is None:
         answers = [str(answer) for column in task.written for answer in answers_in(case.row, column)]
     else:
-        if leaked_words(case.text, case.original, row=case.row, task=task, label=label):
+        if label in leaking_labels(case.new, case.old, row=case.row, task=task):
             return True
         answers = [word for each in task.answer_words for word in each]
         answers += [task.meaning(each, case.row) for each in range(len(task.labels))]

@@ -69,7 +69,7 @@ class OatRephraseConfig(StageConfig):
     imported: str = ""
     """SHA-256 of a set of rewrites from elsewhere, as ``fedzo rephrase import`` prints it. Empty = the rewriter's."""
     checks: list[Check] = field(default_factory=lambda: list(Check))
-    """What a rewrite must pass before the judge sees it."""
+    """What a rewrite must pass before the judge sees it. ``empty`` and ``truncated`` are always looked for."""
     min_length_ratio: float = 0.4
     """Fewest words of a rewrite, as a multiple of the original's. A guess: the paper has no such rule."""
     max_length_ratio: float = 2.0

@@ -30,8 +30,9 @@ from fedzo.errors import ConfigError
 from fedzo.records.rephrase import RowOutcome
 from fedzo.system import OnProgress, no_progress
 
-ROWS_AT_ONCE = 64
-"""Rows that go through rewriter and judge together; what a progress bar moves by."""
+ROWS_AT_ONCE, ROWS_A_CALL = 64, 8
+"""Rows that go through rewriter and judge together, or so many for each call that may be in flight, where that is more:
+all wait for the slowest of them."""
 MAX_FAILED = 0.2
 """Share of rows above which a set is none (a guess); a single row never is: its fault may be its own."""
 _RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the first; the seeds of all differ
@@ -57,6 +58,7 @@ class Attempt:
         digest: Of the row.
         row: As it was.
         label: Index of the right answer; None where it is written.
+        where: What it is called in an error: its place in the set.
         outcome: What became of it; None while that is open.
         refused: The last rewrite that was not accepted, as a person may read it.
         failed: Whether the endpoint gave no answer in its last call, a cut off or a blank one.
@@ -67,6 +69,7 @@ class Attempt:
     digest: str
     row: Row
     label: int | None
+    where: str
     outcome: RowOutcome | None = None
     refused: str = ""
     failed: bool = False
@@ -111,9 +114,11 @@ class Course:
             EndpointError: The endpoint cannot be used, failed too many rows, or a budget is spent. Its answers so far
                 are kept, so the same call goes on from there.
         """
+        self.caller.kept += beside
         waiting = [each for each in attempts.values() if each.outcome is None]
-        for first in range(0, len(waiting), ROWS_AT_ONCE):
-            some = waiting[first : first + ROWS_AT_ONCE]
+        at_once = max(ROWS_AT_ONCE, ROWS_A_CALL * self.backend.concurrency * self.backend.batch_size)
+        for first in range(0, len(waiting), at_once):
+            some = waiting[first : first + at_once]
             done = functools.partial(_tell, on_progress, first / len(waiting), len(some) / len(waiting), len(attempts))
             self._rewrite(some, done)
             _check_failed(waiting[: first + len(some)], beside, self.caller.totals.said)
@@ -130,17 +135,17 @@ class Course:
         attempts: dict[str, Attempt] = {}
         for number, row in enumerate(rows):
             if (digest := row_digest(row)) not in attempts:
-                label = label_of(row, self.prompts, self.task, where=f"row {number}")
-                each = attempts[digest] = Attempt(digest, row, label)
+                where = f"row {number}"
+                label = label_of(row, self.prompts, self.task, where=where)
+                each = attempts[digest] = Attempt(digest, row, label, where)
                 if anchored and lacks_anchor(row, self.prompts.task, self.prompts.column):
                     self._keep(each, str(Check.anchors))
                 elif not all(map(self._has_room, self.requests(row))):
                     self._keep(each, TOO_LONG)
-        long = [each.row for each in attempts.values() if each.is_too_long]
+        long = [each for each in attempts.values() if each.is_too_long]
         if len(long) > 1 and len(long) > MAX_FAILED * len(attempts):
-            number = next(number for number, row in enumerate(rows) if row is long[0])
-            for request in self.requests(long[0]):
-                self.check_context(request, f"row {number}")
+            for request in self.requests(long[0].row):
+                self.check_context(request, long[0].where)
         return attempts
 
     def check_context(self, request: Request, where: str) -> None:
@@ -175,18 +180,19 @@ class Course:
         most = self.rewriter.max_tokens
         return most if most > USUAL_TOKENS else JUDGE_TOKENS
 
-    def judge_request(self, row: Row, rewrite: str, order: Sequence[str] = ORDERS[0]) -> Request:
+    def judge_request(self, row: Row, rewrite: str, order: Sequence[str] = ORDERS[0], *, where: str = "") -> Request:
         """What asks the judge about a row and a text in the place of its column."""
         messages, schema = self.prompts.judge(row, rewrite, order), self.prompts.judge_schema(order)
-        return Request(messages, self.rewriter.judge, 0.0, seed=0, max_tokens=self.judge_tokens, schema=schema)
+        most = self.judge_tokens
+        return Request(messages, self.rewriter.judge, 0.0, seed=0, max_tokens=most, schema=schema, where=where)
 
     def _rewrite(self, attempts: Sequence[Attempt], on_share: Callable[[float], None]) -> None:
-        """All attempts at some rows: those that failed are asked again, as often as the recipe says."""
+        """All attempts at some rows: one whose rewrite was not accepted is asked again, as often as the recipe says."""
         for number in range(self.config.max_attempts):
             waiting = [each for each in attempts if each.outcome is None]
             if not waiting:
                 break
-            asked = [self._rewrite_request(each.row, each.label, attempt=number) for each in waiting]
+            asked = [self._rewrite_request(each.row, each.label, attempt=number, where=each.where) for each in waiting]
             answers = self.caller.answer(asked, lambda done, total: on_share(done / total / 2))
             checked = [(each, self._checked(each, answer)) for each, answer in zip(waiting, answers, strict=True)]
             passed = [(each, text) for each, text in checked if text is not None]
@@ -204,6 +210,7 @@ class Course:
         each.reason, each.failed = "", _is_failure(answer)
         if isinstance(answer, RowFault):
             each.reason = f"{_CALL}{answer.reason}"
+            self._keep(each, each.reason)  # a further sample is for a rewrite that was rejected
             return None
         each.model = answer.model
         checked = check(
@@ -220,8 +227,8 @@ class Course:
     def _judge(self, passed: Sequence[tuple[Attempt, str]], on_share: Callable[[float], None]) -> None:
         """Ask for each rewrite, and for the original beside itself: a judge that fails there says nothing of it."""
         column, labels = self.prompts.column, self.prompts.labels
-        asked = [self.judge_request(each.row, str(each.row[column])) for each, _ in passed]
-        asked += [self.judge_request(each.row, text) for each, text in passed]
+        asked = [self.judge_request(each.row, str(each.row[column]), where=each.where) for each, _ in passed]
+        asked += [self.judge_request(each.row, text, where=each.where) for each, text in passed]
         answers = self.caller.answer(asked, lambda done, total: on_share(0.5 + done / total / 2))
         of_original, of_rewrite = answers[: len(passed)], answers[len(passed) :]
         for (each, text), own, other in zip(passed, of_original, of_rewrite, strict=True):
@@ -232,16 +239,18 @@ class Course:
                 each.refused = text
             if each.reason == _ORIGINAL or (each.reason == _UNREAD and verdict is None):
                 self._keep(each, each.reason)  # whatever the rewrite: this verdict stays the same
+            elif isinstance(own, RowFault) or isinstance(other, RowFault):
+                self._keep(each, each.reason)  # the rewrite may be good: what is missing is a verdict
 
     def _keep(self, each: Attempt, reason: str) -> None:
         text = str(each.row[self.prompts.column])
         each.outcome = outcome_of(each.digest, self.prompts.column, text, reason=reason, model=each.model)
 
-    def _rewrite_request(self, row: Row, label: int | None, *, attempt: int) -> Request:
+    def _rewrite_request(self, row: Row, label: int | None, *, attempt: int, where: str = "") -> Request:
         temperature = min(attempt, 1) * _RAISE_TEMPERATURE
         messages = self.prompts.rewriter(row, label)
-        config = self.rewriter
-        return Request(messages, config.model, temperature, seed=attempt, max_tokens=config.max_tokens)
+        model, most = self.rewriter.model, self.rewriter.max_tokens
+        return Request(messages, model, temperature, seed=attempt, max_tokens=most, where=where)
 
 
 def outcome_of(digest: str, column: str, text: str, *, reason: str = "", model: str) -> RowOutcome:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.checks import leaked_words
+from fedzo.data.preprocess.rephrase.checks import leaking_labels
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
 from fedzo.data.words import words
 
@@ -68,13 +68,11 @@ class SetFigures:
         shares: dict[int, list[tuple[float, float]]] = defaultdict(list)
         lengths: list[tuple[int, int]] = []
         for row, text in pairs:
-            original = str(row[column])
-            before, after = words(original), words(text)
+            before, after = words(str(row[column])), words(text)
             lengths.append((len(before), len(after)))
             if (truth := label_of(row)) is None:
                 continue
-            answers = range(len(task.choices or task.answer_words))
-            leaking = {each for each in answers if leaked_words(text, original, row=row, task=task, label=each)}
+            leaking = leaking_labels(after, before, row=row, task=task)
             right += truth in leaking
             wrong += bool(leaking - {truth})
             # The question of a choice is no text beside the rewritten one, so nothing is shared there.

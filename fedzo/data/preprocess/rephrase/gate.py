@@ -60,10 +60,13 @@ def test_judge(course: Course, rows: Sequence[Row], *, most: int, on_progress: O
     prompts = course.prompts
     drawn = [rows[at] for at in shuffled(len(rows), seed=0) if not attempts[row_digest(rows[at])].is_too_long]
     pairs = make_pairs(drawn, prompts.column, prompts.examples, most=most)
-    asked = [course.judge_request(pair.row, pair.text, order) for order in ORDERS for pair in pairs]
-    numbers = {id(row): number for number, row in enumerate(rows)}
-    for pair, each in zip((*pairs, *pairs), asked, strict=True):
-        course.check_context(each, f"a pair made from row {numbers[id(pair.row)]}")
+    asked = [
+        course.judge_request(pair.row, pair.text, order, where=attempts[row_digest(pair.row)].where)
+        for order in ORDERS
+        for pair in pairs
+    ]
+    for each in asked:
+        course.check_context(each, f"a pair made from {each.where}")
     answers = course.caller.answer(asked, on_progress)
     verdicts = [verdict_of(answer, prompts.labels) for answer in answers]
     orders = (tuple(verdicts[: len(pairs)]), tuple(verdicts[len(pairs) :]))

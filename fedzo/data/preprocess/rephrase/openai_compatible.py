@@ -34,6 +34,8 @@ class OpenAICompatibleConfig(RewriterConfig):
     """Longest time for one call, from connection to the last byte, in seconds."""
     trust_env: bool = False
     """Whether proxies and certificates named by environment variables (``HTTPS_PROXY``, ``SSL_CERT_FILE``) count."""
+    json_schema: bool = True
+    """Whether the judge's answer is asked for by a JSON schema (``response_format``), which some endpoints refuse."""
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         if (rule := _broken_url(self.base_url)) is not None:

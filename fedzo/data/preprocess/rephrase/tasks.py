@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.derivations import DERIVATIONS
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.tasks import FIELD, PREPARATIONS, answer_columns, columns_used
+from fedzo.data.tasks import FIELD, answer_columns, columns_used, lists_candidates
 from fedzo.data.words import is_utf8, words
 from fedzo.errors import ConfigError, Problem, problem
 
@@ -201,6 +202,10 @@ def told_problems(task: TaskConfig, recipe: OatRephraseConfig) -> Iterator[Probl
 
     A preset with another template or other answers may ask anything: the recipe must say what.
     """
+    if lists_candidates(task):
+        rule = "name each answer for oat_rephrase, whose prompts show no list of a row"
+        yield problem("task.candidates", rule, task.candidates, "Write each choice into a column of its own.")
+        return
     is_known = _known(task) is not None
     if not is_known and not recipe.about:
         yield _untold(task)
@@ -270,7 +275,7 @@ def _guessed(task: TaskConfig, recipe: OatRephraseConfig) -> RephraseTask:
     choices = tuple(found[1] for each in candidates if (found := FIELD.fullmatch(each.strip())))
     is_filled = any(FIELD.search(each) for each in candidates)  # other words in each row
     written = answer_columns(task)
-    blank = PREPARATIONS[task.prepare].may_be_blank if task.prepare is not None else ()
+    blank = DERIVATIONS[task.derive].may_be_blank if task.derive is not None else ()
     return RephraseTask(
         recipe.column or usual_column(task),
         shown=tuple(each for each in columns if each not in blank),

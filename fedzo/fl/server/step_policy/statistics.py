@@ -107,8 +107,8 @@ def median_of_others(values: Numbers) -> Numbers:
 def shortfall(step: Numbers) -> Numbers:
     """How far each client's |g| of one step lies below the others' median, in natural logarithms; [K] in, [K] out.
 
-    Common factors cancel: the scale of the loss, its fall while the model learns and, with shared seeds, the
-    direction's own.
+    Common factors cancel: the scale of the loss, its fall while the model learns and, with shared directions,
+    the direction's own.
     """
     logs = np.log(np.maximum(step, TINY))
     return np.minimum(median_of_others(logs) - logs, _MAX_BELOW)

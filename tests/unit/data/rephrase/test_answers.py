@@ -22,8 +22,9 @@ def _maybe(good: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(good, good, good, PLAIN)
 
 
-MESSAGE = _maybe(st.fixed_dictionaries({"content": _maybe(st.text())}, optional={"role": PLAIN}))
-CHOICE = _maybe(st.fixed_dictionaries({"message": MESSAGE}, optional={"finish_reason": _maybe(st.just("stop"))}))
+MESSAGE = _maybe(st.fixed_dictionaries({"content": _maybe(st.none() | st.text())}, optional={"role": PLAIN}))
+END = _maybe(st.sampled_from(["stop", "length"]))
+CHOICE = _maybe(st.fixed_dictionaries({"message": MESSAGE}, optional={"finish_reason": END}))
 USAGE = st.fixed_dictionaries(
     {}, optional={"prompt_tokens": _maybe(st.integers(0, 99)), "completion_tokens": _maybe(st.integers(0, 99))}
 )
@@ -61,8 +62,9 @@ def test_nearly_good_answers(value: dict[str, Any], data: st.DataObject) -> None
     body = json.dumps(value).encode()
     answer = _read(body)
     if answer is not None:
-        assert answer.text == value["choices"][0]["message"]["content"]
-        assert answer.truncated == (value["choices"][0].get("finish_reason") != "stop")
+        text, end = value["choices"][0]["message"]["content"], value["choices"][0].get("finish_reason")
+        assert answer.text == ("" if (text, end) == (None, "length") else text)
+        assert answer.truncated == (end != "stop")
         told = (value.get("usage") or {}).get("prompt_tokens")
         assert answer.prompt_tokens == (5 if told is None else told)
     _read(body[: data.draw(st.integers(0, len(body)))])

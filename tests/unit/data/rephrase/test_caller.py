@@ -18,7 +18,15 @@ from typing import Any, Generic, TypeVar
 
 import pytest
 
-from fedzo.data.preprocess.backend import BusyError, Completion, EndpointError, Request, RewriterConfig, RowFault
+from fedzo.data.preprocess.backend import (
+    BusyError,
+    Completion,
+    EndpointError,
+    Request,
+    RewriterConfig,
+    RowFault,
+    RowReason,
+)
 from fedzo.data.preprocess.rephrase import caller as caller_module
 from fedzo.data.preprocess.rephrase.caller import Caller, Totals
 from fedzo.data.preprocess.rephrase.store import FILE, Store
@@ -184,6 +192,51 @@ def test_too_many_faults_stop(serve: Make, sent: Make, chat: Make, client: Make,
     assert len(endpoint.bodies) == 20
 
 
+@pytest.mark.parametrize("reason", [RowReason.timeout, RowReason.unavailable])
+def test_calls_on_end_that_nobody_answers_stop_however_many_were_answered(
+    reason: RowReason, scripted: Make, ask: Make, tmp_path: Path
+) -> None:
+    backend = scripted(lambda request: "fine" if len(backend.asked) <= 200 else RowFault(reason))
+
+    with Store(tmp_path) as store, pytest.raises(EndpointError, match=rf"20 calls on end had no answer \({reason}\)"):
+        Caller(backend, store, RewriterConfig()).answer([ask(f"row {i}") for i in range(240)])
+
+    assert len(backend.asked) == 220
+
+
+@pytest.mark.parametrize("reason", [RowReason.refused, RowReason.malformed])
+def test_calls_on_end_that_are_answered_by_a_fault_are_of_their_rows(
+    reason: RowReason, scripted: Make, ask: Make, tmp_path: Path
+) -> None:
+    backend = scripted(lambda request: "fine" if len(backend.asked) <= 200 else RowFault(reason))
+
+    with Store(tmp_path) as store:
+        answers = Caller(backend, store, RewriterConfig()).answer([ask(f"row {i}") for i in range(240)])
+
+    assert [isinstance(answer, RowFault) for answer in answers] == [False] * 200 + [True] * 40
+
+
+def test_what_fails_again_between_kept_answers_is_no_outage(scripted: Make, ask: Make, tmp_path: Path) -> None:
+    """A second start asks for nothing else; of new rows behind them, nobody answers any."""
+
+    def reply(request: Request) -> str | RowFault:
+        number = int(request.messages[0].content)
+        return RowFault(RowReason.timeout) if number % 8 == 0 or number >= 240 else "fine"
+
+    requests = [ask(str(i)) for i in range(240)]
+    for num_asked in (240, 30):
+        backend = scripted(reply)
+        with Store(tmp_path) as store:
+            answers = Caller(backend, store, RewriterConfig()).answer(requests)
+        assert len(backend.asked) == num_asked
+        assert [isinstance(answer, RowFault) for answer in answers] == [i % 8 == 0 for i in range(240)]
+
+    backend = scripted(reply)
+    with Store(tmp_path) as store, pytest.raises(EndpointError, match="20 calls on end had no answer"):
+        Caller(backend, store, RewriterConfig()).answer([*requests, *(ask(str(i)) for i in range(240, 300))])
+    assert len(backend.asked) == 30 + 20
+
+
 def test_faults_of_an_outage_that_is_over_stop_no_later_caller(scripted: Make, ask: Make, tmp_path: Path) -> None:
     """As of a site whose process goes on; its budgets hold for all that it ever asked."""
     totals = Totals(calls=40, faults=40)
@@ -279,7 +332,12 @@ def test_a_busy_endpoint_gets_fewer_calls_at_once_after_the_time_that_it_asks_fo
 
 @pytest.mark.parametrize(
     ("asked", "waits"),
-    [(None, [1, 2, 4, 8, 16]), (0.0, [1, 2, 4, 8, 16]), (7.0, [7, 7, 7, 8, 16]), (86_400.0, [60] * 5)],
+    [
+        (None, [1, 2, 4, 8, 16, 32, 60]),
+        (0.0, [1, 2, 4, 8, 16, 32, 60]),
+        (7.0, [7, 7, 7, 8, 16, 32, 60]),
+        (86_400.0, [60] * 7),
+    ],
 )
 def test_waits_double_and_none_is_shorter_than_asked_or_longer_than_a_minute(
     asked: float | None, waits: list[float], scripted: Make, ask: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -302,6 +360,27 @@ def test_waits_double_and_none_is_shorter_than_asked_or_longer_than_a_minute(
     assert slept == waits
 
 
+def test_a_quota_that_opens_again_after_a_minute_costs_no_row(
+    scripted: Make, ask: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def reply(request: Request) -> str:
+        if now[0] < 1060:
+            raise BusyError(None)
+        return "fine"
+
+    monkeypatch.setattr(caller_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+
+    with Store(tmp_path) as store:
+        answers = Caller(scripted(reply), store, RewriterConfig()).answer([ask("a"), ask("b")])
+
+    assert [answer.text for answer in answers] == ["fine", "fine"]
+
+
 def test_an_endpoint_that_stays_busy_is_asked_a_bounded_number_of_times(
     serve: Make, sent: Make, client: Make, ask: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,11 +389,11 @@ def test_an_endpoint_that_stays_busy_is_asked_a_bounded_number_of_times(
 
     with Store(tmp_path) as store:
         (fault,) = Caller(client(endpoint.url), store, RewriterConfig()).answer([ask()])
-        assert (fault.reason, len(endpoint.bodies)) == ("unavailable", 6)
+        assert (fault.reason, len(endpoint.bodies)) == ("unavailable", 8)
         with pytest.raises(EndpointError, match="10 times in a row that it is busy"):
             Caller(client(endpoint.url, concurrency=1), store, RewriterConfig()).answer([ask("a"), ask("b"), ask("c")])
 
-    assert len(endpoint.bodies) == 6 + 10
+    assert len(endpoint.bodies) == 8 + 10
 
 
 @pytest.mark.slow

@@ -132,6 +132,70 @@ def test_a_status_that_no_row_can_mend_stops(status: int, serve: Make, client: M
     assert ("/v1" in str(stop.value).partition("answered")[2]) == (status == 404)
 
 
+def test_an_answer_that_ended_in_thoughts_kept_apart_is_cut_off(
+    serve: Make, client: Make, ask: Make, sent: Make, chat: Make
+) -> None:
+    """As vLLM's with a reasoning parser: no text at all, and its counts hold."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 16}
+    body = chat(None, finish_reason="length", model="m-1", usage=usage)
+    endpoint = serve(lambda handler, _: sent(handler, 200, body))
+
+    (answer,) = client(endpoint.url).complete([ask()])
+
+    assert answer == Completion("", True, "m-1", 9, 16)
+
+
+def test_an_error_in_place_of_an_answer_is_shown(serve: Make, client: Make, ask: Make, sent: Make) -> None:
+    body = b'{"error": {"message": "no\\u001b[2J credit", "code": 502}}'
+    endpoint = serve(lambda handler, _: sent(handler, 200, body))
+
+    (fault,) = client(endpoint.url).complete([ask()])
+
+    assert str(fault) == 'malformed: an error in place of an answer: "no [2J credit"'
+
+
+def test_an_endpoint_that_refuses_a_schema_can_judge_without(
+    serve: Make, client: Make, ask: Make, sent: Make, chat: Make
+) -> None:
+    def reply(handler: Any, body: dict[str, Any]) -> None:
+        refused = b'{"error": {"message": "This response_format type is unavailable now"}}'
+        sent(handler, *((400, refused) if "response_format" in body else (200, chat("same"))))
+
+    endpoint = serve(reply)
+    judge, rewriter = ask(schema={"type": "object"}), ask()
+
+    fault, answer = client(endpoint.url).complete([judge, rewriter])
+    assert "unavailable now" in str(fault)
+    assert "rewriter.json_schema=false" in str(fault)
+    assert answer.text == "same"
+    assert client(endpoint.url, json_schema=False).complete([judge])[0] == answer
+    assert endpoint.bodies[-1] == endpoint.bodies[-2]
+
+
+@pytest.mark.parametrize("schema", [None, {"type": "object"}])
+def test_a_refusal_that_no_schema_can_have_caused_does_not_name_its_key(
+    schema: dict[str, Any] | None, serve: Make, client: Make, ask: Make, sent: Make
+) -> None:
+    endpoint = serve(lambda handler, _: sent(handler, 400, b"too long"))
+
+    (fault,) = client(endpoint.url, json_schema=schema is None).complete([ask(schema=schema)])
+
+    assert str(fault) == 'refused: 400 "too long"'
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_text_that_may_not_be_sent_is_named_by_its_row(
+    status: int, serve: Make, client: Make, ask: Make, sent: Make
+) -> None:
+    endpoint = serve(lambda handler, _: sent(handler, status, b"your input was flagged"))
+
+    with pytest.raises(EndpointError, match=f'answered {status} "your input was flagged"') as stop:
+        client(endpoint.url).complete([ask(where="row 17312")])
+
+    assert ("leave row 17312 out of the data" in str(stop.value)) == (status == 403)
+    assert "rewriter.key_variable" in str(stop.value)
+
+
 def test_the_key_stands_in_no_answer(serve: Make, client: Make, ask: Make, sent: Make, chat: Make) -> None:
     endpoint = serve(lambda handler, _: sent(handler, 200, chat(f"You sent {handler.headers['Authorization']}")))
 

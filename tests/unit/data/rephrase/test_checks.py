@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedzo.data.preprocess.rephrase.checks import Checked, check, lost_names
+from fedzo.data.preprocess.rephrase import checks as checks_module
+from fedzo.data.preprocess.rephrase import figures as figures_module
+from fedzo.data.preprocess.rephrase.checks import Checked, check, leaking_labels, lost_names
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig, Style
 from fedzo.data.preprocess.rephrase.figures import SetFigures
 from fedzo.data.preprocess.rephrase.prompts import Prompts
 from fedzo.data.preprocess.rephrase.tasks import TASKS, RephraseTask
+from fedzo.data.words import words
 
 PROMPT = "Rewrite the premise so that its meaning stays and nothing is added that hints at the answer."
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(lambda text: text.strip())
@@ -383,6 +386,51 @@ def test_an_answer_of_several_words_leaks_as_a_whole() -> None:
 
     assert leaks("It runs.") == (2, 1)
     assert leaks("It runs very well, and very good it is not.") == (0, 1)
+
+
+PIECES = st.lists(st.sampled_from(["red", "fox", "hen", "a"]), max_size=6).map(" ".join)
+
+
+@settings(max_examples=200)
+@given(PIECES, PIECES, st.lists(st.lists(PIECES, max_size=3), min_size=2, max_size=4))
+def test_leaks_are_answers_of_one_label_that_stand_in_the_rewrite_alone(
+    text: str, original: str, answers: list[list[str]]
+) -> None:
+    """The oracle looks for each answer between spaces, in the texts as they are."""
+    task = replace(TASKS["sst2"], answer_words=tuple(map(tuple, answers)))
+
+    def stands(answer: str, where: str) -> bool:
+        return f" {answer} " in f" {where} "
+
+    expected = {
+        label
+        for label, own in enumerate(answers)
+        for answer in own
+        if not {*answer.split()} <= {"a"}  # also a blank one
+        and not any(answer in others for other, others in enumerate(answers) if other != label)
+        and stands(answer, text)
+        and not stands(answer, original)
+    }
+
+    assert leaking_labels(text.split(), original.split(), row={}, task=task) == expected
+
+
+def test_figures_of_a_task_with_many_labels_read_no_text_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What belongs to one label alone is found once a task; then each row costs its own two texts."""
+    read: list[str] = []
+    for module in (checks_module, figures_module):
+        monkeypatch.setattr(module, "words", lambda text: read.append(text) or words(text))
+
+    def count(num_labels: int) -> list[str]:
+        task = replace(TASKS["sst2"], answer_words=tuple((f"intent {number}",) for number in range(num_labels)))
+        for _ in range(2):
+            read.clear()
+            rows = [({"text": "It runs.", "label": 1}, "It ran: intent 1.")] * 5
+            found = SetFigures.of(rows, task=task, column="text", label_of=itemgetter("label"))
+            assert (found.leaks_right, found.leaks_wrong) == (5, 0)
+        return [*read]
+
+    assert count(2) == count(150) == ["It runs.", "It ran: intent 1."] * 5
 
 
 def test_figures_tell_how_many_words_of_the_other_field_are_found_by_label() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,19 @@ def test_whatever_fails_the_row_keeps_its_text(tmp_path: Path, scripted: Any, re
     assert [(each.status, each.reason) for each in outcomes] == [("original", reason)] * 3
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"), [(Completion("A toe of", True, "m", 1, 1), "truncated"), ("", "empty"), (" \n", "empty")]
+)
+def test_no_recipe_takes_an_answer_that_is_cut_off_or_blank(
+    answer: Any, reason: str, tmp_path: Path, scripted: Any
+) -> None:
+    recipe = dataclasses.replace(RECIPE, checks=[], judged=False)
+
+    (outcome,) = Bench(tmp_path, scripted(lambda request: answer), recipe).run(ROWS[:1])
+
+    assert (outcome.text, outcome.reason) == (ROWS[0]["premise"], reason)
+
+
 def test_a_rewriter_that_writes_the_answer_is_caught(tmp_path: Path, scripted: Any) -> None:
     """It adds the right choice, which the judge, who does not know it, cannot see."""
 
@@ -206,6 +220,36 @@ def test_each_further_attempt_is_another_sample_at_one_temperature(tmp_path: Pat
     Bench(tmp_path, backend, dataclasses.replace(RECIPE, max_attempts=3)).run(ROWS[:1])
 
     assert [(request.temperature, request.seed) for request in backend.asked] == [(0.0, 0), (0.3, 1), (0.3, 2)]
+
+
+@pytest.mark.parametrize("reason", [RowReason.refused, RowReason.unavailable])
+def test_a_row_whose_call_failed_is_not_asked_for_another_sample(
+    reason: RowReason, tmp_path: Path, scripted: Any
+) -> None:
+    backend = scripted(lambda request: RowFault(reason))
+
+    (outcome,) = Bench(tmp_path, backend, dataclasses.replace(RECIPE, max_attempts=3)).run(ROWS[:1])
+
+    assert outcome.reason == f"call_{reason}"
+    assert len(backend.asked) == 1
+
+
+@pytest.mark.parametrize("is_original", [True, False])
+def test_a_rewrite_whose_judge_failed_waits_for_its_verdict(is_original: bool, tmp_path: Path, scripted: Any) -> None:
+    """Of the original or of the rewrite: a later course makes the one call that is missing, and takes this rewrite."""
+
+    def slow(request: Request) -> Any:
+        fails = is_judge(request) and (text_b(request) in REWRITES) == is_original
+        return RowFault(RowReason.timeout) if fails else honest(request)
+
+    recipe, first, second = dataclasses.replace(RECIPE, max_attempts=3), scripted(slow), scripted(honest)
+    (outcome,) = Bench(tmp_path, first, recipe).run(ROWS[:1])
+    assert outcome.reason == "judge_timeout"
+    assert [is_judge(request) for request in first.asked] == [False, True, True]
+
+    (outcome,) = Bench(tmp_path, second, recipe).run(ROWS[:1])
+    assert (outcome.status, outcome.text) == ("rewritten", REWRITES[ROWS[0]["premise"]])
+    assert len(second.asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -269,6 +313,16 @@ def test_an_outage_keeps_what_is_done(tmp_path: Path, scripted: Any) -> None:
 
     assert counts(Bench(tmp_path, again).run()) == {"rewritten": 3}
     assert len(again.asked) == 9 - 4
+
+
+def test_each_call_names_the_row_that_it_is_for(tmp_path: Path, scripted: Any) -> None:
+    backend = scripted(honest)
+
+    Bench(tmp_path, backend).run([ROWS[0], *ROWS])
+
+    places = ("row 0", "row 2", "row 3")
+    told = {(row["premise"], place) for row, place in zip(ROWS, places, strict=True)}
+    assert {(original_of(request), request.where) for request in backend.asked} == told
 
 
 LONG = [{**ROWS[0], "premise": f"{word} " * 4000} for word in ("first", "second")]
@@ -389,6 +443,20 @@ def test_a_judge_that_fails_stops_it_as_well(tmp_path: Path, scripted: Any) -> N
 
     with pytest.raises(EndpointError, match=r"failed 3 of 3 \(3 judge_cut_off\)"):
         Bench(tmp_path, scripted(lambda request: cut if is_judge(request) else honest(request))).run()
+
+
+def test_as_many_calls_are_in_flight_as_the_backend_takes(tmp_path: Path, scripted: Any) -> None:
+    """None is answered before a hundred are made."""
+    together = threading.Barrier(100, timeout=60)
+
+    def reply(request: Request) -> str:
+        together.wait()
+        return honest(request)
+
+    rows = [{**ROWS[0], "choice2": f"He saw {number} hammers."} for number in range(200)]
+    bench = Bench(tmp_path, scripted(reply, concurrency=100), dataclasses.replace(RECIPE, judged=False))
+
+    assert counts(bench.run(rows)) == {"rewritten": 200}
 
 
 def test_progress_counts_rows_and_never_falls(tmp_path: Path, scripted: Any) -> None:

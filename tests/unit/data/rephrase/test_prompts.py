@@ -202,6 +202,10 @@ def test_a_task_of_ones_own_is_told_in_the_recipes_words(task: list[str]) -> Non
         ([*OWN, ABOUT, MEANINGS, f"{KEY}.shown=[notes]"], f"{KEY}.shown must hold columns that the task reads (text)"),
         ([*OWN, f"{KEY}.about={'x' * 1001}", MEANINGS], f"{KEY}.about must be one line of at most 1000 characters"),
         (["task=sst2", f"{KEY}.max_attempts=11"], f"{KEY}.max_attempts must be <= 10, got 11"),
+        (
+            ["task=custom", PROMPT, "task.candidates=[' {choices}']", ABOUT, f"{KEY}.meanings=[a]"],
+            "task.candidates must name each answer for oat_rephrase, whose prompts show no list of a row, got",
+        ),
     ],
 )
 def test_what_the_prompts_could_not_say_truly_is_refused_with_what_to_write(words: list[str], told: str) -> None:

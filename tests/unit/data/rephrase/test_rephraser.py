@@ -212,6 +212,28 @@ def test_rows_that_fail_again_and_again_are_few_of_their_set(site: Site) -> None
         site(dead).rewrite([*ROWS, *more, *new], silent, again=True)
 
 
+def test_many_rows_that_are_refused_for_good_stop_no_later_start(site: Site) -> None:
+    """They are few of their set; a start that finds the other answers kept asks for them alone."""
+    rows = [{**ROWS[0], "premise": f"The man saw Anna {number} times."} for number in range(400)]
+
+    def refuses(request: Request) -> str | RowFault:
+        number = int(re.findall(r"\d+", text_of(request))[0])
+        return RowFault(RowReason.refused) if number % 16 == 0 else good(request)
+
+    with pytest.raises(EndpointError, match="budget_calls=380"):
+        site(refuses, budget_calls=380).rewrite(rows, silent)
+    second = site(refuses)
+    second.rewrite(rows, silent)
+    assert asked(second) == 24 + 20  # of the first 380 rows those that were refused, and the others
+
+    expected = {"rewritten": 375, "original call_refused": 25}
+    assert counts(second.results.find(rows) or []) == expected
+    by_hand = site(refuses)
+    by_hand.rewrite(rows, silent, again=True)
+    assert asked(by_hand) == 25
+    assert counts(by_hand.results.find(rows) or []) == expected
+
+
 def test_a_dead_endpoint_leaves_no_results(site: Site) -> None:
     with pytest.raises(EndpointError, match=r"failed 12 of 12 \(12 call_unavailable; unavailable\)"):
         site(dead).rewrite(ROWS[:12], silent)

@@ -14,7 +14,7 @@ from fedzo.fl.config import FlConfig, StrategyConfig
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server
-from fedzo.fl.server.scalar_updates import ScalarUpdates
+from fedzo.fl.server.scalar_aggregator import ScalarAggregator
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.plan import StepPolicyConfig
@@ -33,7 +33,7 @@ def federation(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, clock: 
         rule = SERVER_OPTIMIZERS.build(server_optimizer, local_steps=1)
         clients = [Client(index, rule) for index in range(num_clients)]
         grid = Grid(clients)
-        settings = {name: strategy.pop(name) for name in ("transport", "seeds") if name in strategy}
+        settings = {name: strategy.pop(name) for name in ("transport", "directions") if name in strategy}
         gradient = strategy.pop("gradient", None)
         step_policy: StepPolicyConfig = strategy.pop("step_policy", NoStepPolicyConfig())
         stores.append(RunStore(tmp_path))
@@ -52,7 +52,7 @@ def federation(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, clock: 
             store=stores[-1],
             artifact=artifact,
             config=config,
-            updates=ScalarUpdates(replica, config, gradient),
+            aggregator=ScalarAggregator(replica.space.distribution, config, gradient),
             step_policy=STEP_POLICIES.build(step_policy, num_clients=num_clients, local_steps=2, run_seed=1),
             sink=Kept(),
             elapsed=lambda: 0.0,

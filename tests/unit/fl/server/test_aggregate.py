@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,31 +10,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedzo.config.schema import RunSettings
 from fedzo.errors import ProtocolError
-from fedzo.fl.config import Aggregation, StrategyConfig
+from fedzo.fl.config import Aggregation, Directions, FlConfig, StrategyConfig
 from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_from_bytes, signs_to_bytes
-from fedzo.fl.server.aggregate import ClientResult, aggregate, check_reply, num_trimmed, sampling_order, unmoved
+from fedzo.fl.server.scalar_aggregator import aggregate, check_reply, unmoved
+from fedzo.fl.server.step_policy.baselines import OracleConfig
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction
-from fedzo.zo.log import apply_record
-from fedzo.zo.seeds import OWN, step_key
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
+from fedzo.zo.keys import OWN, step_key
+from fedzo.zo.log import Scalars
+from fedzo.zo.server_optimizer import (
+    SERVER_OPTIMIZERS,
+    AdamConfig,
+    MomentumConfig,
+    ScaffoldConfig,
+    ServerOptimizerConfig,
+    SgdConfig,
+)
+from fedzo.zo.steps import apply_record
 
 
-def result(g: object) -> ClientResult:
-    scalars = np.asarray(g, np.float32)
-    return ClientResult(g=scalars, loss=np.ones_like(scalars), dropped=np.zeros(scalars.shape, bool), end_check=0)
+def scalars(g: object) -> Scalars:
+    return np.asarray(g, np.float32)
 
 
 def mean_of(
-    results: dict[int, ClientResult], weights: dict[int, float], *, normalise: bool = False, **strategy: Any
-) -> np.ndarray:
-    options = {"directions": SHARED, "strategy": StrategyConfig(**strategy), "normalise": normalise}
-    return aggregate(results, weights, round=0, lr=0.5, **options).coefficients
+    results: dict[int, Scalars], weights: dict[int, float], *, normalise: bool = False, **strategy: Any
+) -> Scalars:
+    config = RunSettings(strategy=StrategyConfig(**strategy), step_policy=OracleConfig(normalise=normalise))
+    return aggregate(results, weights, config, round=0, lr=0.5).coefficients
 
 
 def test_the_weighted_mean_is_the_one_on_paper() -> None:
-    results = {0: result([[1.0], [2.0]]), 3: result([[4.0], [-2.0]])}
+    results = {0: scalars([[1.0], [2.0]]), 3: scalars([[4.0], [-2.0]])}
 
     c = mean_of(results, {0: 1.0, 3: 3.0})
 
@@ -42,14 +51,14 @@ def test_the_weighted_mean_is_the_one_on_paper() -> None:
 
 
 def test_normalised_shares_are_those_on_paper_and_nothing_where_steps_are_equal() -> None:
-    results = {0: result([[1.0], [2.0], [3.0], [4.0]]), 3: result([[8.0]])}
+    results = {0: scalars([[1.0], [2.0], [3.0], [4.0]]), 3: scalars([[8.0]])}
     mean = 0.25 * 4 + 0.75 * 1  # steps of a client, weighted
 
     c = mean_of(results, {0: 1.0, 3: 3.0}, normalise=True)
 
     assert c[0, 0, 0] == np.float32(0.25 * mean / 4 * 1 + 0.75 * mean / 1 * 8)
     assert c[1:, 0, 0].tolist() == [0.25 * mean / 4 * g for g in (2, 3, 4)]
-    even, weights = {0: result([[1.1], [2.2]]), 3: result([[4.3], [-2.4]])}, {0: 1.7, 3: 3.1}
+    even, weights = {0: scalars([[1.1], [2.2]]), 3: scalars([[4.3], [-2.4]])}, {0: 1.7, 3: 3.1}
     assert np.array_equal(mean_of(even, weights, normalise=True), mean_of(even, weights))
 
 
@@ -66,7 +75,7 @@ def test_normalised_shares_lead_to_the_weighted_optimum_where_some_take_one_step
                 for _ in range(steps[client]):
                     slopes.append([at - optimum])
                     at -= lr * slopes[-1][0]
-                results[client] = result(slopes)
+                results[client] = scalars(slopes)
             x -= lr * float(mean_of(results, weights, normalise=normalise).sum())
         return x
 
@@ -77,23 +86,23 @@ def test_normalised_shares_lead_to_the_weighted_optimum_where_some_take_one_step
 def test_identical_clients_equal_one_client_bit_for_bit() -> None:
     values = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32) * 17
 
-    one = mean_of({0: result(values)}, {0: 1.0})
+    one = mean_of({0: scalars(values)}, {0: 1.0})
 
     for count in (2, 3, 7, 10, 30):
-        many = mean_of({k: result(values) for k in range(count)}, dict.fromkeys(range(count), 1.0))
+        many = mean_of({k: scalars(values) for k in range(count)}, dict.fromkeys(range(count), 1.0))
         assert np.array_equal(many, one), count
 
 
 def test_p_copies_of_one_probe_equal_one_probe() -> None:
-    single = mean_of({0: result([[3.0]])}, {0: 1.0})
-    fourfold = mean_of({0: result([[3.0] * 4])}, {0: 1.0})
+    single = mean_of({0: scalars([[3.0]])}, {0: 1.0})
+    fourfold = mean_of({0: scalars([[3.0] * 4])}, {0: 1.0})
 
     assert fourfold.sum() == single.sum()
 
 
 def test_the_order_of_arrival_changes_nothing() -> None:
     rng = np.random.default_rng(1)
-    results = {k: result(rng.normal(size=(20, 1)) * 10.0**k) for k in range(8)}
+    results = {k: scalars(rng.normal(size=(20, 1)) * 10.0**k) for k in range(8)}
     weights = {k: float(k + 1) for k in results}
 
     forwards = mean_of(results, weights)
@@ -103,59 +112,64 @@ def test_the_order_of_arrival_changes_nothing() -> None:
 
 
 def test_weights_are_renormalised_over_the_responders() -> None:
-    c = mean_of({2: result([[6.0]])}, {0: 5.0, 1: 1.0, 2: 0.1})
+    c = mean_of({2: scalars([[6.0]])}, {0: 5.0, 1: 1.0, 2: 0.1})
 
     assert c.item() == 6.0
 
 
 def test_a_client_with_fewer_steps_counts_as_zero_afterwards() -> None:
-    record = aggregate(
-        {0: result([[2.0], [4.0]]), 1: result([[6.0]])},
-        {0: 1.0, 1: 1.0},
-        round=0,
-        lr=1.0,
-        directions=SHARED,
-        strategy=StrategyConfig(),
-    )
+    results = {0: scalars([[2.0], [4.0]]), 1: scalars([[6.0]])}
+
+    record = aggregate(results, {0: 1.0, 1: 1.0}, RunSettings(), round=0, lr=1.0)
 
     assert record.coefficients[:, 0, 0].tolist() == [4.0, 2.0]
 
 
-def test_per_client_seeds_keep_a_column_for_each_client() -> None:
-    record = aggregate(
-        {5: result([[8.0]]), 1: result([[2.0]])},
-        {1: 1.0, 5: 1.0},
-        round=0,
-        lr=1.0,
-        directions=OWN,
-        strategy=StrategyConfig(),
-    )
+def test_per_client_directions_keep_a_column_for_each_client() -> None:
+    results, weights = {5: scalars([[8.0]]), 1: scalars([[2.0]])}, {1: 1.0, 5: 1.0}
+    config = RunSettings(fl=FlConfig(directions=Directions.per_client))
+
+    record = aggregate(results, weights, config, round=0, lr=1.0)
 
     assert record.owners == (1, 5)
     assert record.coefficients[0, 0].tolist() == [1.0, 4.0]
-    shared = aggregate({0: result([[1.0]])}, {0: 1.0}, round=0, lr=1.0, directions=SHARED, strategy=StrategyConfig())
+    shared = aggregate({0: scalars([[1.0]])}, {0: 1.0}, RunSettings(), round=0, lr=1.0)
     assert shared.owners == (SHARED,)
 
 
-@pytest.mark.parametrize("directions", [SHARED, OWN, 3])
-def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_unequal_steps(directions: int) -> None:
+def test_an_optimizer_that_walks_clients_gets_the_scalars_of_each_along_shared_directions() -> None:
+    results, weights = {5: scalars([[8.0, 2.0]]), 1: scalars([[2.0, 4.0]])}, {1: 1.0, 5: 3.0}
+
+    record = aggregate(results, weights, RunSettings(server_optimizer=ScaffoldConfig()), round=0, lr=1.0)
+
+    assert (record.owners, record.directions) == ((1, 5), SHARED)
+    assert record.coefficients[0].tolist() == [[1.0, 4.0], [2.0, 1.0]]  # g / P, whatever the weights
+
+
+@pytest.mark.parametrize(
+    ("directions", "number"), [(Directions.shared, SHARED), (Directions.per_client, OWN), (Directions.pool, 3)]
+)
+def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_unequal_steps(
+    directions: Directions, number: int
+) -> None:
     """The collapse identity against models that are walked and averaged in float64."""
     rng = np.random.default_rng(5)
     n, lr, probes, taken = 300, 0.25, 2, {0: 5, 1: 1, 4: 3, 6: 5}
     weights = {0: 1.0, 1: 2.5, 4: 0.5, 6: 1.0}
-    results = {client: result(rng.normal(size=(steps, probes))) for client, steps in taken.items()}
+    results = {client: scalars(rng.normal(size=(steps, probes))) for client, steps in taken.items()}
     base = rng.normal(size=n).astype(np.float32)
     mean = np.zeros(n)
     for client, steps in taken.items():
         theta = base.astype(np.float64)
         for t in range(steps):
             for p in range(probes):
-                key = step_key(9, round=3, step=t, probe=p, owner=client, directions=directions)
+                key = step_key(9, round=3, step=t, probe=p, owner=client, directions=number)
                 z = direction(key, n).astype(np.float64)
-                theta -= lr * results[client].g[t, p] / probes * z
+                theta -= lr * results[client][t, p] / probes * z
         mean += weights[client] / sum(weights.values()) * theta
 
-    record = aggregate(results, weights, round=3, lr=lr, directions=directions, strategy=StrategyConfig())
+    config = RunSettings(fl=FlConfig(directions=directions, pool_size=3))
+    record = aggregate(results, weights, config, round=3, lr=lr)
     space = VectorSpace(base)
     apply_record(space, record, run_seed=9)
 
@@ -176,8 +190,8 @@ def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_
 def test_no_rule_moves_anything_by_the_record_of_a_first_round_that_only_measured(
     server_optimizer: ServerOptimizerConfig,
 ) -> None:
-    results = {0: result([[3.0], [-4.0]])}
-    measured = aggregate(results, {0: 1.0}, round=0, lr=0.5, directions=SHARED, strategy=StrategyConfig())
+    results = {0: scalars([[3.0], [-4.0]])}
+    measured = aggregate(results, {0: 1.0}, RunSettings(), round=0, lr=0.5)
     theta = np.array([0.0, -0.0, 1e-45, -1e-45, 3.5, np.inf], np.float32)
     space, rule = VectorSpace(theta), SERVER_OPTIMIZERS.build(server_optimizer, local_steps=1)
     moments = np.zeros((rule.num_moments(1), theta.size), np.float32)
@@ -262,7 +276,7 @@ def test_a_robust_mean_is_its_slow_twin(
     aggregation: Aggregation, trim_share: float, oracle: Callable[[np.ndarray], np.ndarray], num_clients: int
 ) -> None:
     g = drawn(num_clients)
-    results = {3 * k: result(g[k]) for k in reversed(range(num_clients))}
+    results = {3 * k: scalars(g[k]) for k in reversed(range(num_clients))}
 
     c = mean_of(results, {}, aggregation=aggregation, trim_share=trim_share)
 
@@ -278,7 +292,7 @@ def test_one_hostile_client_cannot_leave_the_range_of_the_honest(
     honest: list[float], hostile: float, aggregation: Aggregation
 ) -> None:
     values = [*honest, hostile]
-    results = {k: result([[value]]) for k, value in enumerate(values)}
+    results = {k: scalars([[value]]) for k, value in enumerate(values)}
 
     c = mean_of(results, {}, aggregation=aggregation, trim_share=0.2).item()  # one of 5 to 9, at least, is left out
 
@@ -286,7 +300,7 @@ def test_one_hostile_client_cannot_leave_the_range_of_the_honest(
 
 
 def test_the_mean_breaks_where_the_median_holds() -> None:
-    results = {k: result([[g]]) for k, g in enumerate([1.0, 2.0, 3.0, 1e6])}
+    results = {k: scalars([[g]]) for k, g in enumerate([1.0, 2.0, 3.0, 1e6])}
     even = dict.fromkeys(range(4), 1.0)
 
     assert mean_of(results, even).item() > 1e5
@@ -297,7 +311,7 @@ def test_the_mean_breaks_where_the_median_holds() -> None:
 @pytest.mark.parametrize("aggregation", [Aggregation.median, Aggregation.trimmed_mean])
 def test_clients_that_stopped_early_do_not_hold_a_robust_mean_at_zero(aggregation: Aggregation) -> None:
     """Three of six stop after their first step: later steps are those of the three others, half as long."""
-    results = {k: result([[float(k)], [10.0 + k]] if k < 3 else [[float(k)]]) for k in range(6)}
+    results = {k: scalars([[float(k)], [10.0 + k]] if k < 3 else [[float(k)]]) for k in range(6)}
 
     c = mean_of(results, {}, aggregation=aggregation, trim_share=0.2)
 
@@ -307,8 +321,8 @@ def test_clients_that_stopped_early_do_not_hold_a_robust_mean_at_zero(aggregatio
 
 def test_a_trimmed_mean_cuts_as_many_of_those_that_took_a_step_as_of_a_whole_round() -> None:
     """One of ten is hostile and three honest ones stop early: a tenth of the seven left would be nobody."""
-    results = {k: result([[1.0], [1.0]] if k < 7 else [[1.0]]) for k in range(10)}
-    results[0] = result([[1e6], [1e6]])
+    results = {k: scalars([[1.0], [1.0]] if k < 7 else [[1.0]]) for k in range(10)}
+    results[0] = scalars([[1e6], [1e6]])
 
     c = mean_of(results, {}, aggregation=Aggregation.trimmed_mean, trim_share=0.1)
 
@@ -322,7 +336,7 @@ def test_a_trimmed_mean_cuts_as_many_of_those_that_took_a_step_as_of_a_whole_rou
 def test_with_one_of_two_left_every_aggregation_moves_half_as_far(
     aggregation: Aggregation, expected: list[float]
 ) -> None:
-    results = {0: result([[2.0], [4.0]]), 1: result([[6.0]])}
+    results = {0: scalars([[2.0], [4.0]]), 1: scalars([[6.0]])}
 
     c = mean_of(results, {}, aggregation=aggregation, trim_share=0.0)
 
@@ -331,13 +345,13 @@ def test_with_one_of_two_left_every_aggregation_moves_half_as_far(
 
 def test_where_clients_are_absent_the_trimmed_mean_still_cuts_one() -> None:
     """A fifth of five is one; one of them is away, and a fifth of four is nobody."""
-    results = {0: result([[1e6]]), 1: result([[1.0]]), 2: result([[2.0]]), 3: result([[3.0]])}
+    results = {0: scalars([[1e6]]), 1: scalars([[1.0]]), 2: scalars([[2.0]]), 3: scalars([[3.0]])}
 
     assert mean_of(results, {}, aggregation=Aggregation.trimmed_mean, trim_share=0.2).item() == 2.5
 
 
 def test_a_tie_of_signs_and_their_absence_move_nothing() -> None:
-    signs = {0: result([[1.0], [1.0], [0.0]]), 1: result([[-1.0], [0.0], [0.0]])}  # 0: a probe without a sign
+    signs = {0: scalars([[1.0], [1.0], [0.0]]), 1: scalars([[-1.0], [0.0], [0.0]])}  # 0: a probe without a sign
 
     c = mean_of(signs, {}, aggregation=Aggregation.majority_sign)
 
@@ -374,30 +388,3 @@ def test_a_reply_of_signs_is_checked_and_its_dropped_probes_count_as_zero() -> N
         check_reply(reply(), TWO_STEPS, probes=1, strategy=signs)
     with pytest.raises(ProtocolError, match="g must be filled up with bits of 0 after the first 2"):
         check_reply(reply(g=b"\xff"), TWO_STEPS, probes=1, strategy=signs)
-
-
-def sampled(round: int, *, connected: Container[int] = range(10)) -> list[int]:
-    return sampling_order(run_seed=4, round=round, num_clients=10, connected=connected)
-
-
-def test_sampling_is_seeded_fair_and_without_repeats() -> None:
-    rounds = [sampled(r)[:3] for r in range(1000)]
-
-    assert rounds == [sampled(r)[:3] for r in range(1000)]
-    assert all(sorted(sampled(r)) == list(range(10)) for r in range(20))
-    counts = np.bincount(np.concatenate(rounds), minlength=10)
-    standard_error = np.sqrt(1000 * 0.3 * 0.7)
-    assert (np.abs(counts - 300) < 5 * standard_error).all()
-
-
-def test_a_client_that_is_not_connected_gives_its_place_to_the_next() -> None:
-    everyone = sampled(7)
-    gone = everyone[1]
-
-    assert sampled(7, connected=set(range(10)) - {gone}) == [*(k for k in everyone if k != gone), gone]
-
-
-def test_a_trimmed_mean_rounds_down_what_the_share_says_and_not_its_binary_neighbour() -> None:
-    for hundredths in range(50):
-        for count in range(1, 301):
-            assert num_trimmed(hundredths / 100, count) == hundredths * count // 100

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scripted import Federation
 
-from fedzo.fl.config import Seeds
+from fedzo.fl.config import Directions
 from fedzo.records.decode import encode as encode_record
 from fedzo.zo.log import unpack
 
@@ -23,19 +23,19 @@ def test_wire_bytes_of_a_round_are_those_since_the_round_before(federation: Fede
     assert "wire_up_bytes" not in encode_record(server.sink.records[0])
 
 
-@pytest.mark.parametrize("seeds", [Seeds.shared, Seeds.per_client])
-def test_what_a_client_missed_counts_where_it_is_sent(federation: Federation, seeds: Seeds) -> None:
+@pytest.mark.parametrize("directions", [Directions.shared, Directions.per_client])
+def test_what_a_client_missed_counts_where_it_is_sent(federation: Federation, directions: Directions) -> None:
     """One of three clients a round: a record that a client is sent counts once, though a restart sends it again.
 
     The restart that matters is the server's, which then knows from its log alone how far each client had come.
     """
-    server, clients, _ = federation(seeds=seeds, clients_per_round=1)
+    server, clients, _ = federation(directions=directions, clients_per_round=1)
     told = []
     for _ in range(2):
         server.run_round()
     told += server.sink.records
     server.store.close()
-    server, restarted, _ = federation(seeds=seeds, clients_per_round=1)
+    server, restarted, _ = federation(directions=directions, clients_per_round=1)
     server.catch_up()
     for _ in range(8):
         server.run_round()

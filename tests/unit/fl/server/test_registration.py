@@ -64,7 +64,7 @@ def test_a_node_that_the_server_does_not_know_is_named_once_and_asked_nothing_un
     stranger.index = grid.indices[50] = 1  # the server registers it while the run is under way
     stranger.hello = replace(stranger.hello, num_train=20)
     server.run_round()
-    assert server.store.rounds[3].attendance == (0, 1, 2)
+    assert server.store.public[3].attendance == (0, 1, 2)
 
 
 def test_a_node_that_the_server_knows_no_longer_is_out_of_the_run(federation: Federation) -> None:
@@ -74,7 +74,7 @@ def test_a_node_that_the_server_knows_no_longer_is_out_of_the_run(federation: Fe
 
     server.run_round()
 
-    assert server.store.rounds[1].attendance == (0, 2)
+    assert server.store.public[1].attendance == (0, 2)
     assert len(clients[1].requests) == 1
 
 
@@ -105,7 +105,7 @@ def test_a_new_node_does_not_answer_for_the_silence_of_the_one_before_it(
     assert 777 in grid.hellos
     server.run_round()
 
-    assert [line.attendance for line in server.store.rounds] == [(0, 1, 2), (0, 2), (0, 1, 2)]
+    assert [line.attendance for line in server.store.public] == [(0, 1, 2), (0, 2), (0, 1, 2)]
     assert [record.getMessage() for record in caplog.records][-1] == "client 1 came back"  # as a new process
 
 
@@ -141,7 +141,7 @@ def test_a_node_that_lost_its_greeting_is_greeted_again_and_registers_once(
     server.run_round()  # both greetings are answered, the old one too
     server.run_round()
 
-    assert [line.attendance for line in server.store.rounds] == [(0, 2)] * 2 + [(0, 1, 2)] * 2
+    assert [line.attendance for line in server.store.public] == [(0, 2)] * 2 + [(0, 1, 2)] * 2
     assert grid.hellos.count(101) == 1 + 1 + 2  # how often it looked, in three rounds
     assert [record.getMessage() for record in caplog.records] == ["client 1 came back"]
 
@@ -214,7 +214,7 @@ def test_a_client_that_was_not_let_in_may_come_back_mended(federation: Federatio
 
     server.run_round()
 
-    assert [line.attendance for line in server.store.rounds] == [(0, 2)] * 3 + [(0, 1, 2)]
+    assert [line.attendance for line in server.store.public] == [(0, 2)] * 3 + [(0, 1, 2)]
 
 
 def test_a_newcomer_of_another_run_is_not_let_in(federation: Federation, caplog: pytest.LogCaptureFixture) -> None:
@@ -394,6 +394,6 @@ def test_a_client_that_was_mended_while_its_node_stayed_is_let_in(
 
     server.run_round()
 
-    assert [line.attendance for line in server.store.rounds] == [(0, 2)] * 3 + [(0, 1, 2)]
+    assert [line.attendance for line in server.store.public] == [(0, 2)] * 3 + [(0, 1, 2)]
     assert len(grid.hellos) == 3 + 3
     assert len(caplog.records) == 2  # why it is not let in, and that it is back

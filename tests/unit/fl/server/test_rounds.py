@@ -44,7 +44,7 @@ def test_the_round_closes_at_its_deadline_with_those_who_answered(federation: Fe
     server.run_round()
 
     assert means(server) == [1.5]
-    assert server.store.rounds[0].attendance == (0, 1)
+    assert server.store.public[0].attendance == (0, 1)
     assert "no reply within 0.2 s" in reason_for(server, 0, 2)
 
 
@@ -132,7 +132,7 @@ def test_a_message_that_nobody_asked_for_and_one_that_cannot_be_sent_end_nothing
 
     server.run_round()
 
-    assert server.store.rounds[1].attendance == (2,)
+    assert server.store.public[1].attendance == (2,)
     assert [reason_for(server, 1, client) for client in (0, 1)] == ["not connected"] * 2
 
 
@@ -263,7 +263,7 @@ def test_what_is_handed_over_while_waiting_grows_with_the_clients_and_not_with_t
     server.config.strategy.deadline_s = 60.0
     server.run_round()
 
-    assert len(server.store.rounds[0].attendance) == num_clients
+    assert len(server.store.public[0].attendance) == num_clients
     assert sum(handed) <= 64 * num_clients
 
 
@@ -275,7 +275,7 @@ def test_replies_are_found_wherever_they_stand_among_those_that_wait(federation:
 
     server.run_round()
 
-    assert server.store.rounds[0].attendance == tuple(range(150, 200))
+    assert server.store.public[0].attendance == tuple(range(150, 200))
 
 
 @pytest.mark.parametrize(

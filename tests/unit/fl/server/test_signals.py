@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedzo.config.schema import RunSettings
 from fedzo.errors import RunFolderError
-from fedzo.fl.config import StrategyConfig
-from fedzo.fl.server.aggregate import ClientResult, aggregate
+from fedzo.fl.config import Directions, FlConfig
+from fedzo.fl.server.scalar_aggregator import ScalarResult, aggregate
 from fedzo.fl.server.signals import Signals
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.log import AuditLine
@@ -20,15 +21,20 @@ from fedzo.records.metrics import StepSignals
 from fedzo.testing.logs import audit_line
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction
+from fedzo.zo.keys import OWN, step_key
 from fedzo.zo.log import RoundRecord
-from fedzo.zo.seeds import OWN, step_key
 
-N, SEED, MEAN = 50, 11, StrategyConfig()
+N, SEED = 50, 11
 GRADIENT = np.linspace(-2, 3, N).astype(np.float32)
 LAWS = list(Distribution)
+RUNS = {
+    SHARED: RunSettings(),
+    OWN: RunSettings(fl=FlConfig(directions=Directions.per_client)),
+    3: RunSettings(fl=FlConfig(directions=Directions.pool, pool_size=3)),
+}
 
 
-def replies(round: int) -> dict[int, ClientResult]:
+def replies(round: int) -> dict[int, ScalarResult]:
     """Clients whose numbers of steps differ; client 4 is absent in round 1, client 2 loses a probe and a step."""
     made = {}
     for client, steps in {2: 3, 4: 1, 7: 2 + round}.items():
@@ -40,12 +46,12 @@ def replies(round: int) -> dict[int, ClientResult]:
         if client == 2:
             dropped[0, 1], dropped[1] = True, True
             g[dropped], loss[dropped] = 0, np.nan
-        made[client] = ClientResult(g=g, loss=loss, dropped=dropped, end_check=0)
+        made[client] = ScalarResult(g=g, loss=loss, dropped=dropped, end_check=0)
     return made
 
 
 def oracle(
-    result: ClientResult, round: int, client: int, directions: int, law: Distribution
+    result: ScalarResult, round: int, client: int, directions: int, law: Distribution
 ) -> dict[str, list[float | None]]:
     rows: dict[str, list[float | None]] = {"grad_ip": [], "abs_g": [], "loss": [], "cosine": []}
     wide = GRADIENT.astype(np.float64)
@@ -68,7 +74,8 @@ def oracle(
 def play(signals: Signals, round: int, directions: int, audit: list[AuditLine]) -> dict[int, dict[str, Any]]:
     """One round as the server plays it."""
     results = replies(round)
-    record = aggregate(results, {2: 1, 4: 2, 7: 3}, round=round, lr=0.1, directions=directions, strategy=MEAN)
+    g = {client: result.g for client, result in results.items()}
+    record = aggregate(g, {2: 1, 4: 2, 7: 3}, RUNS[directions], round=round, lr=0.1)
     line = line_of(record, results, signals)
     audit.append(decode_json(AuditLine, to_json(line), where="audit", error=RunFolderError))
     signals.note(line)
@@ -76,7 +83,7 @@ def play(signals: Signals, round: int, directions: int, audit: list[AuditLine]) 
     return {client: listed(signals) for client, signals in found.items()}
 
 
-def line_of(record: RoundRecord, results: dict[int, ClientResult], signals: Signals) -> AuditLine:
+def line_of(record: RoundRecord, results: dict[int, ScalarResult], signals: Signals) -> AuditLine:
     line = audit_line(
         {client: result.g for client, result in sorted(results.items())},
         dropped={client: result.dropped for client, result in results.items()},
@@ -139,10 +146,10 @@ def test_without_a_gradient_only_what_needs_none_is_known() -> None:
 
 def test_a_client_whose_every_step_was_lost_has_no_means() -> None:
     lost = np.ones((2, 1), bool)
-    result = ClientResult(g=np.zeros((2, 1), np.float32), loss=np.full((2, 1), np.nan, np.float32), dropped=lost,
+    result = ScalarResult(g=np.zeros((2, 1), np.float32), loss=np.full((2, 1), np.nan, np.float32), dropped=lost,
                           end_check=0)  # fmt: skip
     signals = new_signals(LAWS[0], [])
-    record = aggregate({0: result}, {0: 1}, round=0, lr=0.1, directions=SHARED, strategy=MEAN)
+    record = aggregate({0: result.g}, {0: 1}, RUNS[SHARED], round=0, lr=0.1)
     line = line_of(record, {0: result}, signals)
     signals.note(line)
 

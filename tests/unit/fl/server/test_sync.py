@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import ARTIFACT, Federation, means, reason_for
+from scripted import ARTIFACT, Client, Federation, means, reason_for
 
 from fedzo.fl.config import Transport
 from fedzo.fl.messages import ArtifactReply, Status, TrainReply, TrainRequest
@@ -35,7 +35,7 @@ def test_a_client_that_refuses_the_artifact_is_named_and_the_round_goes_on(feder
     server.run_round()
 
     assert means(server) == [2.0]
-    assert server.store.rounds[0].attendance == (0, 2)
+    assert server.store.public[0].attendance == (0, 2)
     assert "piece 1 of 1 (bytes 0 to 3) was sent 2 times: it was not taken" in reason_for(server, 0, 1)
 
 
@@ -47,7 +47,7 @@ def test_a_client_that_falls_silent_amid_its_artifact_holds_up_nobody_else(feder
     server.run_round()
 
     assert means(server) == [2.5]
-    assert server.store.rounds[0].attendance == (1, 2)
+    assert server.store.public[0].attendance == (1, 2)
     assert reason_for(server, 0, 0) == "not done within 0.2 s"
 
 
@@ -64,7 +64,7 @@ def test_a_client_that_lies_about_how_far_behind_it_is_costs_itself_the_round(
 
     server.run_round()
 
-    assert server.store.rounds[-1].attendance == (0, 2)
+    assert server.store.public[-1].attendance == (0, 2)
     assert "position: a client that is behind must be before round" in reason_for(server, rounds, 1)
 
 
@@ -78,6 +78,45 @@ def test_a_client_that_lost_its_space_and_log_gets_both_again(federation: Federa
 
     assert means(server) == [2.0] * 4
     assert np.array_equal(clients[1].replica.space.theta, clients[0].replica.space.theta)
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["the same process", "a new process"])
+def test_a_client_that_comes_back_is_sent_what_it_lacks_and_no_more(federation: Federation, is_new: bool) -> None:
+    """Its line may have been down for a moment. A new process says that it has nothing."""
+    server, clients, grid = federation()
+    for _ in range(3):
+        server.run_round()
+    client = Client(0) if is_new else clients[0]
+    del grid.nodes[100]
+    grid.connect(777, client)
+
+    server.run_round()
+
+    assert server.store.public[3].attendance == (0, 1, 2)
+    helped = [(0, pack(server.store.records[:3]))] if is_new else []
+    asked = [(request.from_round, request.log) for request in client.requests]
+    assert asked[-1 - len(helped) :] == [(2, pack(server.store.records[2:3])), *helped]
+
+
+def test_a_server_that_goes_on_with_a_run_sends_clients_what_they_lack_by_its_log(federation: Federation) -> None:
+    """Sites outlive it; one of them took part in the first round alone."""
+    server, clients, _ = federation()
+    server.run_round()
+    clients[1].bend = lambda reply: TrainReply(g=b"1")
+    for _ in range(2):
+        server.run_round()
+    clients[1].bend = lambda reply: reply
+    server.store.close()
+    server, _, grid = federation()
+    grid.nodes = {100 + client.index: client for client in clients}
+    server.catch_up()
+
+    server.run_round()
+
+    assert server.store.public[3].attendance == (0, 1, 2)
+    assert [client.requests[-1].from_round for client in clients] == [2, 0, 2]
+    assert [client.requests[-1].log for client in clients] == [pack(server.store.records[at:3]) for at in (2, 0, 2)]
+    assert [len(client.requests) for client in clients] == [4, 4, 4]
 
 
 def test_a_damaged_client_is_resynchronised_by_values_once(

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
+import numpy as np
 import pytest
 from scripted import Client, Federation, Outage, reason_for
 
 from fedzo.fl.messages import TrainReply, TrainRequest
 from fedzo.fl.server import client_registry
-from fedzo.fl.server.aggregate import sampling_order
 from fedzo.fl.server.rounds import FederationError
+from fedzo.fl.server.turnout import sampling_order
+
+
+def sampled(round: int, *, connected: Container[int] = range(10)) -> list[int]:
+    return sampling_order(run_seed=4, round=round, num_clients=10, connected=connected)
+
+
+def test_sampling_is_seeded_fair_and_without_repeats() -> None:
+    rounds = [sampled(r)[:3] for r in range(1000)]
+
+    assert rounds == [sampled(r)[:3] for r in range(1000)]
+    assert all(sorted(sampled(r)) == list(range(10)) for r in range(20))
+    counts = np.bincount(np.concatenate(rounds), minlength=10)
+    standard_error = np.sqrt(1000 * 0.3 * 0.7)
+    assert (np.abs(counts - 300) < 5 * standard_error).all()
+
+
+def test_a_client_that_is_not_connected_gives_its_place_to_the_next() -> None:
+    everyone = sampled(7)
+    gone = everyone[1]
+
+    assert sampled(7, connected=set(range(10)) - {gone}) == [*(k for k in everyone if k != gone), gone]
 
 
 def test_a_sample_that_fails_or_is_not_there_is_made_up_by_other_clients(federation: Federation) -> None:
@@ -22,7 +45,7 @@ def test_a_sample_that_fails_or_is_not_there_is_made_up_by_other_clients(federat
 
     server.run_round()
 
-    assert server.store.rounds[0].attendance == tuple(sorted(order[2:5]))  # 0 and 2 were asked, then 3 and 4
+    assert server.store.public[0].attendance == tuple(sorted(order[2:5]))  # 0 and 2 were asked, then 3 and 4
     assert [len(clients[k].requests) for k in order] == [1, 0, 1, 1, 1, 0]
 
 
@@ -47,7 +70,7 @@ def test_a_client_that_says_nothing_costs_one_deadline_until_it_answers_a_greeti
     grid.nodes[101] = clients[1]
     server.run_round()
 
-    assert server.store.rounds[10].attendance == (0, 1, 2)
+    assert server.store.public[10].attendance == (0, 1, 2)
     assert clients[1].requests[-1].from_round == 1  # no more of the log is sent than it lacks
     assert [record.getMessage() for record in caplog.records] == [
         "client 1: no reply within 0.2 s",
@@ -84,7 +107,7 @@ def test_a_client_that_answers_again_is_asked_in_every_round(federation: Federat
     for _ in range(4):
         server.run_round()
 
-    assert [line.attendance for line in server.store.rounds] == [(0, 2)] * 3 + [(0, 1, 2)] * 3
+    assert [line.attendance for line in server.store.public] == [(0, 2)] * 3 + [(0, 1, 2)] * 3
 
 
 def test_a_client_that_is_heard_again_at_once_misses_one_round(federation: Federation) -> None:
@@ -95,7 +118,7 @@ def test_a_client_that_is_heard_again_at_once_misses_one_round(federation: Feder
 
     server.run_round()
 
-    assert [line.attendance for line in server.store.rounds] == [(0, 2), (0, 1, 2)]
+    assert [line.attendance for line in server.store.public] == [(0, 2), (0, 1, 2)]
 
 
 def test_clients_that_were_silent_are_asked_early_where_the_others_are_too_few(federation: Federation) -> None:
@@ -108,7 +131,7 @@ def test_clients_that_were_silent_are_asked_early_where_the_others_are_too_few(f
 
     server.run_round()
 
-    assert server.store.rounds[2].attendance == (0, 2)
+    assert server.store.public[2].attendance == (0, 2)
 
 
 def test_who_answers_again_while_a_round_lacks_replies_is_asked_in_it(federation: Federation) -> None:
@@ -127,7 +150,7 @@ def test_who_answers_again_while_a_round_lacks_replies_is_asked_in_it(federation
 
     server.run_round()
 
-    assert [line.attendance for line in server.store.rounds] == [(0, 1, 2), (0, 2), (0, 1)]
+    assert [line.attendance for line in server.store.public] == [(0, 1, 2), (0, 2), (0, 1)]
 
 
 def test_who_registers_while_a_round_waits_takes_part_in_the_next(federation: Federation) -> None:
@@ -144,9 +167,9 @@ def test_who_registers_while_a_round_waits_takes_part_in_the_next(federation: Fe
     server.run_round()
 
     assert 777 in grid.hellos
-    assert [line.attendance for line in server.store.rounds] == [(0, 2), (2,)]
+    assert [line.attendance for line in server.store.public] == [(0, 2), (2,)]
     server.run_round()
-    assert server.store.rounds[2].attendance == (0, 1, 2)
+    assert server.store.public[2].attendance == (0, 1, 2)
 
 
 def test_too_few_clients_are_waited_for(federation: Federation) -> None:
@@ -166,7 +189,7 @@ def test_too_few_clients_are_waited_for(federation: Federation) -> None:
     grid.get_node_ids = look  # type: ignore[method-assign]
     server.run_round()
 
-    assert server.store.rounds[1].attendance == (0, 1, 2)
+    assert server.store.public[1].attendance == (0, 1, 2)
 
 
 @pytest.mark.parametrize("clients_per_round", [0, 2])
@@ -182,9 +205,9 @@ def test_a_line_that_is_down_for_two_minutes_ends_no_run(
 
     server.run_round()
 
-    assert [len(line.attendance) for line in server.store.rounds] == [clients_per_round or 3] * 2
+    assert [len(line.attendance) for line in server.store.public] == [clients_per_round or 3] * 2
     server.run_round()
-    assert len(server.store.rounds[2].attendance) == (clients_per_round or 3)
+    assert len(server.store.public[2].attendance) == (clients_per_round or 3)
 
 
 def test_a_round_keeps_the_replies_that_it_has_while_it_waits_for_others(federation: Federation, clock: Any) -> None:
@@ -194,7 +217,7 @@ def test_a_round_keeps_the_replies_that_it_has_while_it_waits_for_others(federat
 
     server.run_round()
 
-    assert server.store.rounds[1].attendance == (0, 1, 2)
+    assert server.store.public[1].attendance == (0, 1, 2)
     assert [len(client.requests) for client in clients] == [2, 2, 2]
 
 

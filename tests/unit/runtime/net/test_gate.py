@@ -25,8 +25,10 @@ from fedzo.runtime.net.gate import (
     MAX_AT_ONCE,
     MAX_BODY_BYTES,
     MAX_HELD_OF_ONE,
+    MAX_REPLY_BYTES,
     MAX_WAIT_S,
     QUIET_S,
+    REPLY,
     STRANGER_BODY_BYTES,
     STRANGER_BURST,
     STRANGER_LINES,
@@ -114,6 +116,16 @@ def test_a_long_body_is_refused_whether_its_length_is_declared_or_not(place: Pla
     assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES), b"x"]) == 413
     assert place.seen == []
     assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES)]) == 200
+
+
+def test_the_list_of_a_replys_parts_is_shorter_than_a_part_may_be(place: Place) -> None:
+    """The SuperLink would be busy with one of 16 MiB for a long time, and answer nobody else."""
+    assert place.ask(REPLY, key=place.key, headers={b"content-length": str(MAX_REPLY_BYTES + 1).encode()}) == 413
+    assert place.ask(REPLY, key=place.key, parts=[bytes(MAX_REPLY_BYTES), b"x"]) == 413
+    assert place.ask(REPLY, parts=[bytes(STRANGER_BODY_BYTES), b"x"]) == 413
+    assert place.seen == []
+    assert place.ask(REPLY, key=place.key, parts=[bytes(MAX_REPLY_BYTES)]) == 200
+    assert place.ask(PUSH, key=place.key, parts=[bytes(MAX_REPLY_BYTES), b"x"]) == 200
 
 
 def test_of_a_stranger_little_is_heard_and_of_nobody_for_ever(

@@ -8,8 +8,8 @@ from torch import nn
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
-from fedzo.zo.spaces.base import take_steps
 from fedzo.zo.spaces.dense import DenseSpace
+from fedzo.zo.steps import take_steps
 
 SHAPES = [(3, 5), (7,), (2, 3, 4)]
 SIZE = 15 + 7 + 24

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -74,13 +76,13 @@ def test_each_row_computes_what_a_model_with_its_weights_computes(family: str) -
         assert (alone[0] - unmoved[row]).abs().max() > 1e-2
 
 
-def test_products_in_parts_have_the_bits_of_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_parts_have_the_bits_of_those_at_once_and_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_weights, "_HostProducts", own_weights._DeviceProducts)
-    seen: list[int] = []
+    seen: list[torch.Size] = []
     reduce = torch.segment_reduce
 
     def counted(data: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(data.shape[1])
+        seen.append(data.shape)  # [values, tokens]
         return reduce(data, *args, **kwargs)
 
     def outputs(most: int) -> torch.Tensor:
@@ -89,16 +91,41 @@ def test_products_in_parts_have_the_bits_of_those_at_once(monkeypatch: pytest.Mo
         space = masked(model)
         own = space.row_weights(model)
         assert own is not None
+        seen.clear()
         with own:
             own.follow(offsets_of(space, 2), np.array([0, 1, 0]))
             return logits(model, IDS)
 
     monkeypatch.setattr(torch, "segment_reduce", counted)
-    whole, widest = outputs(1 << 26), max(seen)
-    seen.clear()
+    whole = outputs(1 << 26)
+    assert {shape[1] for shape in seen} == {IDS.numel()}
 
+    assert torch.equal(outputs(300), whole)  # less than a row of 12 tokens has
+    assert max(shape.numel() for shape in seen) <= 300
+    assert max(shape[1] for shape in seen) > 1
     assert torch.equal(outputs(1), whole)
-    assert (max(seen), widest) == (IDS.shape[1], IDS.numel())
+    assert {shape[1] for shape in seen} == {1}
+
+
+def test_a_gpu_is_not_given_all_offsets_before_it_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would hold them twice."""
+    monkeypatch.setattr(own_weights, "_HostProducts", own_weights._DeviceProducts)
+    space = MaskedSpace(nn.Linear(4, 3), {"weight": torch.arange(12)})
+    given: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def offsets() -> Iterator[torch.Tensor]:
+        for _ in range(5):
+            alive.append(sum(each() is not None for each in given))
+            offset = torch.ones(space.size)
+            given.append(weakref.ref(offset))
+            yield offset
+            del offset
+
+    OwnWeights(space.places).follow(offsets(), np.array([0, 1, 2, 3, 4, 0]))
+
+    assert len(given) == 5
+    assert max(alive) <= 1
 
 
 def test_what_is_supported() -> None:

@@ -335,6 +335,23 @@ def test_full_space_refuses_quantised_weights() -> None:
     assert FullSpace(model, parameters={"whole": model.whole}).size == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_weights_are_refused_that_a_probe_or_step_would_round_to_float32(dtype: torch.dtype) -> None:
+    """The first probe would change bits of float64 weights, and a GPU has no kernel for them."""
+    layer = nn.Linear(6, 4).requires_grad_(False).to(dtype)
+
+    with pytest.raises(ConfigError, match=rf"^FullSpace: every .* must be float32, .* is {dtype}\. .*model\.float\(\)"):
+        FullSpace(layer)
+    with pytest.raises(ConfigError, match=rf"^mask: 'weight' must be float32, .* got {dtype}\. Call model\.float\(\)"):
+        MaskedSpace(layer, {"weight": torch.tensor([0, 5])})
+
+
+def test_weights_of_any_dtype_may_lie_beside_those_that_a_mask_trains() -> None:
+    model, none = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2).double()), torch.tensor([], dtype=torch.int64)
+
+    assert MaskedSpace(model, {"0.weight": torch.tensor([1]), "1.weight": none}).size == 1
+
+
 def test_scaling_a_masked_16_bit_model_moves_the_float32_master() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     space = MaskedSpace(model, some_indices(model))

@@ -300,7 +300,7 @@ def test_random_flags_as_many_as_told_by_the_run_seed_alone() -> None:
 
 
 def test_random_is_not_the_clients_that_a_sampling_of_the_same_seed_takes() -> None:
-    from fedzo.fl.server.aggregate import sampling_order
+    from fedzo.fl.server.turnout import sampling_order
 
     chosen = build(RandomConfig(num_flagged=5), num_clients=20).plan([], {}).flagged
 

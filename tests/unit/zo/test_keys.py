@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedzo.zo.directions import SHARED, philox, stream_key
-from fedzo.zo.seeds import OWN, POOL_OWNER, pool_slot, step_key
+from fedzo.zo.keys import OWN, POOL_OWNER, pool_slot, step_key
 
 AT = {"round": 3, "step": 1, "probe": 2}
 

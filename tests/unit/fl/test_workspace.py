@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedzo.fl.client.local_update import Workspace
+from fedzo.fl.replica import Workspace
 from fedzo.models.products import RoundedProducts
 from fedzo.records.metrics import Forwards
 

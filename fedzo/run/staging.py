@@ -1,6 +1,6 @@
 """Clients' training rows on their way through the stages, which may take hours: beside what else a process does.
 
-A process prepares one client after another, since stages share what they keep at the site and what they may spend.
+A process takes one client after another, since stages share what they keep at the site and what they may spend.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StoppedError(FedzoError):
     """Nobody needs these rows any more."""
 
 
-class Preparation(Future[ClientRows]):
+class StagingJob(Future[ClientRows]):
     """One client's rows on their way, in a thread that does not outlive the process, as an executor's would.
 
     Attributes:
@@ -43,7 +43,7 @@ class Preparation(Future[ClientRows]):
         super().__init__()
         self.progress = Progress(0, 1)
         self._stopped = threading.Event()
-        threading.Thread(target=self._run, args=(work,), name="preparation", daemon=True).start()
+        threading.Thread(target=self._run, args=(work,), name="staging", daemon=True).start()
 
     def stop(self) -> None:
         """End it when it next tells of its progress."""
@@ -59,27 +59,27 @@ class Preparation(Future[ClientRows]):
 
     def _advanced(self, done: int, total: int) -> None:
         if self._stopped.is_set():
-            raise StoppedError("the preparation was stopped")
+            raise StoppedError("the stages were stopped")
         self.progress = Progress(done, max(total, 1))
 
 
 @dataclass
-class Preparations:
+class Staging:
     """The rows of all clients that a process plays.
 
     Attributes:
         config: The run.
         source: Where the clients' rows come from.
         context: What the stages may know.
-        to_the_end: Whether whoever asks waits until they are ready: where nobody could ask this process again.
+        asked_again: As of ``Process``.
     """
 
     config: RunConfig
     source: RowSource
     context: StageContext
-    to_the_end: bool = False
+    asked_again: bool = True
     _ready: dict[int, ClientRows] = field(default_factory=dict)
-    _jobs: dict[int, Preparation] = field(default_factory=dict)
+    _jobs: dict[int, StagingJob] = field(default_factory=dict)
     _stages: dict[str, Stage] | None = None
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
@@ -88,18 +88,18 @@ class Preparations:
         return client in self._ready or client in self._jobs
 
     def look(self, client: int) -> Progress | None:
-        """Begin to prepare a client's rows, or see how far that is; None where they are ready.
+        """Begin with a client's rows, or see how far they are; None where they are ready.
 
         A failure is told once. Whoever looks again begins again, with what the stages have kept.
         """
         if client in self._ready or not self.config.preprocess:
             return None
-        if self.to_the_end:
+        if not self.asked_again:
             self.rows(client)
             return None
         begins = client not in self._jobs
         if begins:
-            self._jobs[client] = Preparation(partial(self._prepare, client))
+            self._jobs[client] = StagingJob(partial(self._make, client))
         job = self._jobs[client]
         wait([job], PATIENCE_S if begins else 0.0)  # a timeout of ``result`` looks like a stage's own
         if not job.done():
@@ -114,13 +114,13 @@ class Preparations:
             self.look(client)
         if client in self._ready:
             return self._ready[client]
-        made = self._prepare(client, no_progress)
+        made = self._make(client, no_progress)
         if self.config.preprocess:  # else they are read again as fast
             self._ready[client] = made
         return made
 
     def forget(self) -> None:
-        """Let rows that are ready be read and prepared anew, with what the stages have kept."""
+        """Let rows that are ready be read and staged anew, with what the stages have kept."""
         self._ready.clear()
 
     def stop(self) -> None:
@@ -128,7 +128,7 @@ class Preparations:
         for job in self._jobs.values():
             job.stop()
 
-    def _prepare(self, client: int, on_progress: OnProgress) -> ClientRows:
+    def _make(self, client: int, on_progress: OnProgress) -> ClientRows:
         next_line = time.monotonic() + TELL_S
 
         def advanced(done: int, total: int) -> None:

@@ -81,7 +81,7 @@ def test_a_stage_that_needs_a_rewriter_says_which_key_to_set_before_any_work(
 
 @pytest.mark.net
 @pytest.mark.timeout(400)
-def test_clients_that_prepare_longer_than_startup_s_take_part_and_status_shows_them(
+def test_clients_whose_stages_take_longer_than_startup_s_take_part_and_status_shows_them(
     overrides: Callable[..., list[str]], lines: Lines, tmp_path: Path
 ) -> None:
     """Processes of their own; six training rows of each of two clients take 8 s each."""

@@ -1,8 +1,9 @@
-"""The server's half of a local update: from the replies of a round to its record in the log.
+"""What the server does with the replies of a round: from these to its record in the log.
 
-It is of one of two kinds: ``ScalarUpdates`` (``fedzo.fl.server.scalar_updates``) belongs to
-``fedzo.fl.client.scalar_update``, ``VectorUpdates`` (``fedzo.fl.server.vector_updates``) to
-``fedzo.fl.client.vector_update``. The round loop asks, samples, refuses, commits and reports alike for both.
+An aggregator is the server's half of a local update, and of one of two kinds: ``ScalarAggregator``
+(``fedzo.fl.server.scalar_aggregator``) belongs to ``fedzo.fl.client.scalar_update``, ``VectorAggregator``
+(``fedzo.fl.server.vector_aggregator``) to ``fedzo.fl.client.vector_update``. The round loop asks, samples, refuses,
+commits and reports alike for both.
 """
 
 from __future__ import annotations
@@ -11,12 +12,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import numpy as np
+
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.messages import TrainRequest
-from fedzo.fl.server.aggregate import Result
 from fedzo.records.log import RoundAudit
 from fedzo.records.metrics import StepSignals
 from fedzo.zo.log import LogRecord
+
+
+class Result(Protocol):
+    """A client's checked reply, as far as it is read alike of scalars and vectors."""
+
+    @property
+    def loss(self) -> np.ndarray:
+        """Of each step (and probe); nan where it was not finite."""
+        ...
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """Of the same shape: what was measured in vain, and moves nothing."""
+        ...
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of its numbers on the wire."""
+        ...
+
 
 R = TypeVar("R", bound=Result)
 
@@ -49,7 +71,7 @@ class Replies(Generic[R]):
     traffic: Traffic
 
 
-class Updates(Protocol[R]):
+class Aggregator(Protocol[R]):
     """What the server does with the replies of a round.
 
     Attributes:

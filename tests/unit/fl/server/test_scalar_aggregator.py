@@ -12,22 +12,30 @@ from flwr.app import ConfigRecord, RecordDict
 from scripted import BASE, Federation, means, reason_for
 
 from fedzo.fl.clip import announced_bound
-from fedzo.fl.config import Seeds
-from fedzo.fl.messages import RECORD, TrainReply, scalars_to_bytes
+from fedzo.fl.config import Directions
+from fedzo.fl.content import RECORD
+from fedzo.fl.messages import TrainReply, scalars_to_bytes
 from fedzo.fl.server.metrics import round_metrics
 from fedzo.records.metrics import Round
 from fedzo.zo.directions import SHARED, direction, stream_key
+
+
+def sent(**fields: Any) -> RecordDict:
+    """What a client may send."""
+    return RecordDict({RECORD: ConfigRecord({"salt": b"8 bytes.", **fields})})
 
 
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
         (RecordDict({"else": ConfigRecord()}), "expected one record"),
-        (RecordDict({RECORD: ConfigRecord({"g": 7})}), "g must be 0 to 1073741824 bytes, got 7"),
+        (sent(g=7), "g must be 0 to 1073741824 bytes, got 7"),
         # Flower cannot count these
-        (RecordDict({RECORD: ConfigRecord({"g": b""})}), "g must be left out where it is empty"),
-        (RecordDict({RECORD: ConfigRecord({"status": ""})}), "status must be left out where it is empty"),
-        (RecordDict({RECORD: ConfigRecord({"g": []})}), "g must be 0 to 1073741824 bytes, got []"),
+        (sent(g=b""), "g must be left out where it is empty"),
+        (sent(status=""), "status must be left out where it is empty"),
+        (sent(g=[]), "g must be 0 to 1073741824 bytes, got []"),
+        (sent(salt=b""), "salt must be left out where it is empty"),
+        (sent(salt=[]), "each record must have a salt of 8 bytes, got []"),
         (TrainReply(g=b"123", loss=b"", dropped=b""), "g must hold 8 bytes"),
         (
             TrainReply(
@@ -88,7 +96,7 @@ def test_clients_without_a_finite_loss_are_in_no_median_of_g(federation: Federat
 
     server.run_round()
 
-    assert server.store.rounds[0].attendance == (0, 1, 2, 3, 4, 5)
+    assert server.store.public[0].attendance == (0, 1, 2, 3, 4, 5)
     assert reason_for(server, 0, 6) == "|g| must be at most 1000, by the round's other clients, got 900000"
 
 
@@ -101,7 +109,7 @@ def test_clients_that_tell_no_loss_are_in_no_median_of_losses(federation: Federa
 
     server.run_round()
 
-    assert server.store.rounds[0].attendance == tuple(range(7))
+    assert server.store.public[0].attendance == tuple(range(7))
 
 
 def test_losses_of_all_clients_alike_are_no_lie(federation: Federation) -> None:
@@ -112,7 +120,7 @@ def test_losses_of_all_clients_alike_are_no_lie(federation: Federation) -> None:
 
     server.run_round()
 
-    assert server.store.rounds[0].attendance == (0, 1, 2)
+    assert server.store.public[0].attendance == (0, 1, 2)
 
 
 def test_scalars_clipped_to_a_bound_that_float32_rounds_up_are_taken(federation: Federation) -> None:
@@ -125,7 +133,7 @@ def test_scalars_clipped_to_a_bound_that_float32_rounds_up_are_taken(federation:
         server.run_round()
 
     assert clients[0].requests[1].max_abs_g == float(np.float32(0.1)) > 0.1
-    assert [round.attendance for round in server.store.rounds] == [(0, 1, 2)] * 2
+    assert [round.attendance for round in server.store.public] == [(0, 1, 2)] * 2
 
 
 def test_two_clients_cannot_be_told_apart(federation: Federation) -> None:
@@ -135,7 +143,7 @@ def test_two_clients_cannot_be_told_apart(federation: Federation) -> None:
 
     server.run_round()
 
-    assert server.store.rounds[0].attendance == (0, 1)
+    assert server.store.public[0].attendance == (0, 1)
 
 
 def test_the_bound_is_announced_from_the_second_round_on_and_what_exceeds_it_is_refused(federation: Federation) -> None:
@@ -147,8 +155,8 @@ def test_the_bound_is_announced_from_the_second_round_on_and_what_exceeds_it_is_
     # median 2; then of 1 and 2 alone
     assert [request.max_abs_g for request in clients[0].requests] == [0.0, 2.5, 1.875]
     assert "|g| must be at most the announced bound 2.5, got 3" in reason_for(server, 1, 2)
-    assert server.store.rounds[1].attendance == (0, 1)
-    assert server.store.rounds[2].attendance == (0,)
+    assert server.store.public[1].attendance == (0, 1)
+    assert server.store.public[2].attendance == (0,)
     assert [record.clip_bound for record in server.sink.records] == [None, 2.5, 1.875]
 
 
@@ -190,19 +198,19 @@ def test_the_bound_needs_the_last_rounds_alone(federation: Federation) -> None:
     again, _, _ = federation(clip_factor=100.0, clip_rounds=2)
 
     # of 3, 6, 9, 2, 4, 6, twice each
-    assert server.updates.bound() == again.updates.bound() == 500.0
+    assert server.aggregator.bound() == again.aggregator.bound() == 500.0
     audit, records = list(again.store.audit), again.store.records
     assert announced_bound(audit, records, factor=100.0, rounds=2) == 500.0
 
 
-@pytest.mark.parametrize("seeds", [Seeds.shared, Seeds.per_client])
+@pytest.mark.parametrize("directions", [Directions.shared, Directions.per_client])
 def test_the_audit_line_holds_the_gradient_along_every_direction_and_the_lr(
-    federation: Federation, seeds: Seeds
+    federation: Federation, directions: Directions
 ) -> None:
     gradient = np.linspace(-2, 3, len(BASE)).astype(np.float32)
-    server, clients, _ = federation(seeds=seeds, gradient=torch.from_numpy(gradient))
+    server, clients, _ = federation(directions=directions, gradient=torch.from_numpy(gradient))
     clients[1].bend = lambda reply: None
-    owners = {Seeds.shared: [SHARED], Seeds.per_client: [0, 2]}[seeds]
+    owners = {Directions.shared: [SHARED], Directions.per_client: [0, 2]}[directions]
 
     for _ in range(2):
         server.run_round()

@@ -1,4 +1,4 @@
-"""The server's half of local updates that are vectors: checked, averaged, and told of in log and metrics."""
+"""The aggregator of local updates that are vectors: checked, averaged, and told of in log and metrics."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fedzo.errors import ProtocolError
 from fedzo.fl.clip import NO_BOUND, far_off
 from fedzo.fl.config import Aggregation
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_from_bytes
-from fedzo.fl.server.aggregate import checked_losses, losses_far_off, shares, trimming
+from fedzo.fl.server.aggregator import Replies
+from fedzo.fl.server.shares import checked_losses, losses_far_off, shares, trimming
 from fedzo.fl.server.signals import short
-from fedzo.fl.server.updates import Replies
 from fedzo.records.log import RoundAudit, VectorAudit, VectorAuditLine
 from fedzo.records.metrics import StepSignals
 from fedzo.zo.log import LogRecord, Scalars, VectorRecord, vector_digest
@@ -52,7 +52,7 @@ class VectorResult:
 
 
 @dataclass(frozen=True, slots=True)
-class VectorUpdates:
+class VectorAggregator:
     """Vectors of clients that compute gradients. Single ones are not kept: the audit log holds their digests.
 
     Attributes:

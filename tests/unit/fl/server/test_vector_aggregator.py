@@ -21,12 +21,12 @@ from fedzo.fl.config import Aggregation, StrategyConfig
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.log_files import read_vector
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_to_bytes
-from fedzo.fl.server import vector_updates
+from fedzo.fl.server import vector_aggregator
+from fedzo.fl.server.aggregator import Replies
 from fedzo.fl.server.metrics import round_metrics
 from fedzo.fl.server.rounds import Server
 from fedzo.fl.server.step_policy.baselines import OracleConfig
-from fedzo.fl.server.updates import Replies
-from fedzo.fl.server.vector_updates import VectorResult, VectorUpdates
+from fedzo.fl.server.vector_aggregator import VectorAggregator, VectorResult
 from fedzo.records.decode import parse_json, to_json
 from fedzo.records.log import VectorAuditLine, decode_audit
 from fedzo.records.metrics import Round
@@ -36,8 +36,8 @@ SIZE = 5
 REQUEST = TrainRequest(client=0, steps=2, lr=0.5)
 
 
-def updates(**strategy: Any) -> VectorUpdates:
-    return VectorUpdates(SIZE, RunSettings(strategy=StrategyConfig(**strategy)))
+def aggregator(**strategy: Any) -> VectorAggregator:
+    return VectorAggregator(SIZE, RunSettings(strategy=StrategyConfig(**strategy)))
 
 
 def replies(results: dict[int, VectorResult], weights: dict[int, float], **asked: Any) -> Replies[VectorResult]:
@@ -52,7 +52,7 @@ def reply(change: Any = (3, 4, 0, 0, 0), loss: Any = (0.5, 0.25)) -> VectorReply
 
 def test_a_good_reply_is_its_numbers() -> None:
     sent = reply(loss=[0.5, np.nan])
-    result = updates().check(sent, REQUEST)
+    result = aggregator().check(sent, REQUEST)
 
     assert result.change.tolist() == [3, 4, 0, 0, 0]
     assert np.shares_memory(result.change, np.frombuffer(sent.change, np.uint8))  # a server holds each once
@@ -78,11 +78,11 @@ def test_a_good_reply_is_its_numbers() -> None:
 )
 def test_a_reply_that_cannot_be_used_is_refused_with_the_reason(bad: VectorReply, match: str) -> None:
     with pytest.raises(ProtocolError, match=match):
-        updates(max_abs_g=10.0).check(bad, REQUEST)
+        aggregator(max_abs_g=10.0).check(bad, REQUEST)
 
 
 def test_a_client_that_took_no_step_counts_as_one_that_did_not_move() -> None:
-    still = updates().check(reply(change=[0] * 5, loss=[np.nan, np.nan]), REQUEST)
+    still = aggregator().check(reply(change=[0] * 5, loss=[np.nan, np.nan]), REQUEST)
 
     assert still.dropped.all()
     assert still.norm == 0
@@ -90,11 +90,11 @@ def test_a_client_that_took_no_step_counts_as_one_that_did_not_move() -> None:
 
 def test_clients_that_took_no_step_are_in_no_median_of_norms() -> None:
     """Their norm of 0 would make the bound 0, which is none."""
-    still = updates().check(reply(change=[0] * 5, loss=[np.nan, np.nan]), REQUEST)
-    honest, hostile = (updates().check(reply(change=(3 * k, 4 * k, 0, 0, 0)), REQUEST) for k in (1, 1e5))
+    still = aggregator().check(reply(change=[0] * 5, loss=[np.nan, np.nan]), REQUEST)
+    honest, hostile = (aggregator().check(reply(change=(3 * k, 4 * k, 0, 0, 0)), REQUEST) for k in (1, 1e5))
     results = {**dict.fromkeys(range(4), still), 4: honest, 5: honest, 6: hostile}
 
-    (refused,) = updates().far_off(results).items()
+    (refused,) = aggregator().far_off(results).items()
 
     assert refused[0] == 6
     assert "must be at most 500, by the round's other clients, got 500000" in refused[1]
@@ -119,7 +119,7 @@ def trimmed(values: list[float], cut: int) -> float:
 def test_a_mean_is_its_slow_twin(
     monkeypatch: pytest.MonkeyPatch, aggregation: Aggregation, count: int, piece: int
 ) -> None:
-    monkeypatch.setattr(vector_updates, "_PIECE", piece)
+    monkeypatch.setattr(vector_aggregator, "_PIECE", piece)
     results, weights = drawn(count, SIZE), {client: 1.0 + client for client in range(9)}
     cut = min(max(1, int(0.34 * count)), (count - 1) // 2)
     twin = {
@@ -130,7 +130,7 @@ def test_a_mean_is_its_slow_twin(
         Aggregation.trimmed_mean: lambda at: trimmed([float(r.change[at]) for r in results.values()], cut),
     }[aggregation]
 
-    record = updates(aggregation=aggregation, trim_share=0.34).combine(replies(results, weights, round=4))
+    record = aggregator(aggregation=aggregation, trim_share=0.34).combine(replies(results, weights, round=4))
 
     assert record.read() == pytest.approx([twin(at) for at in range(SIZE)], rel=1e-6)
     assert (record.round, record.lr, record.size) == (4, 0.5, SIZE)
@@ -145,7 +145,7 @@ def test_normalised_shares_make_up_for_unequal_steps() -> None:
     mean = (1 * 4 + 2 * 1 + 1 * 2) / 4
 
     config = RunSettings(step_policy=OracleConfig(normalise=True))
-    record = VectorUpdates(SIZE, config).combine(replies(results, weights))
+    record = VectorAggregator(SIZE, config).combine(replies(results, weights))
 
     by_hand = sum(weights[k] / 4 * mean * results[k].change.astype(float) / steps[k] for k in steps)
     assert record.read() == pytest.approx(by_hand, rel=1e-6)
@@ -156,26 +156,24 @@ def test_one_hostile_client_cannot_leave_the_range_of_the_honest() -> None:
     results[2] = VectorResult(np.full(SIZE, 1e30, np.float32), np.ones(2, np.float32), 1.0)
     honest = np.stack([result.change for client, result in results.items() if client != 2])
     for aggregation in (Aggregation.median, Aggregation.trimmed_mean):
-        record = updates(aggregation=aggregation).combine(replies(results, dict.fromkeys(range(5), 1.0)))
+        record = aggregator(aggregation=aggregation).combine(replies(results, dict.fromkeys(range(5), 1.0)))
         assert (record.read() >= honest.min(0)).all()
         assert (record.read() <= honest.max(0)).all()
 
 
 def test_the_order_of_arrival_changes_no_bit_and_equal_vectors_give_themselves() -> None:
     results, weights = drawn(6, SIZE), {client: 0.1 * (client + 1) for client in range(6)}
-    made = [
-        updates().combine(replies(dict(order), weights)).digest for order in (results.items(), sorted(results.items()))
-    ]
+    made = [aggregator().combine(replies(given, weights)).digest for given in (results, dict(sorted(results.items())))]
     same = dict.fromkeys(range(3), results[0])
 
     assert made[0] == made[1]
-    assert updates().combine(replies(same, weights)).read() == pytest.approx(results[0].change, rel=1e-7)
+    assert aggregator().combine(replies(same, weights)).read() == pytest.approx(results[0].change, rel=1e-7)
 
 
 def line() -> VectorAuditLine:
-    results = {3: updates().check(reply(loss=[0.5, np.nan]), REQUEST), 1: updates().check(reply(), REQUEST)}
+    results = {3: aggregator().check(reply(loss=[0.5, np.nan]), REQUEST), 1: aggregator().check(reply(), REQUEST)}
     got = replies(results, {1: 1.0, 3: 2.0}, round=6, used={1: 0, 3: 8}, refused={2: "late"})
-    return updates().audit(updates().combine(got), got)
+    return aggregator().audit(aggregator().combine(got), got)
 
 
 def test_the_audit_line_holds_digests_norms_and_losses() -> None:
@@ -214,13 +212,13 @@ def test_an_audit_line_out_of_its_ranges_is_refused(change: dict[str, Any], matc
 
 
 def test_metrics_tell_losses_and_no_g() -> None:
-    results = {3: updates().check(reply(loss=[0.5, np.nan]), REQUEST), 1: updates().check(reply(), REQUEST)}
+    results = {3: aggregator().check(reply(loss=[0.5, np.nan]), REQUEST), 1: aggregator().check(reply(), REQUEST)}
     got = replies(results, {1: 1.0, 3: 2.0}, round=6)
-    record = updates().combine(got)
-    audit = updates().audit(record, got)
+    record = aggregator().combine(got)
+    audit = aggregator().audit(record, got)
     unused: dict[str, Any] = {"clipped": 0, "wire": None, "down_bytes": 0, "seconds": 0.0, "round_seconds": 0.0}
 
-    told = round_metrics(record, got, audit, updates().signals(record, audit), **unused)
+    told = round_metrics(record, got, audit, aggregator().signals(record, audit), **unused)
 
     rows = [(row.client, row.loss, row.abs_g, row.steps, row.signals.loss) for row in told.clients]
     assert rows == [(1, 0.375, None, 2, (0.5, 0.25)), (3, 0.5, None, 2, (0.5, None))]
@@ -247,7 +245,7 @@ def make_vectors(server: Server, clients: list[Client]) -> None:
             loss=scalars_to_bytes(loss),
         )
 
-    server.updates = VectorUpdates(len(BASE), server.config)
+    server.aggregator = VectorAggregator(len(BASE), server.config)
     for client in clients:
         client.train = partial(train, client)  # type: ignore[method-assign]
 
@@ -315,5 +313,5 @@ def test_vectors_far_beyond_the_others_are_refused(federation: Federation) -> No
 
     server.run_round()
 
-    assert server.store.rounds[0].attendance == (0, 1)
+    assert server.store.public[0].attendance == (0, 1)
     assert "the norm of change over learning rate and steps must be at most" in reason_for(server, 0, 2)
