@@ -9,7 +9,6 @@ A run that is complete is not run again.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import Claims, measured_in, ran_with
+from fedzo.bench.claims import Claims, measured_in, metric_lines, ran_with
 from fedzo.config.load import load
 from fedzo.data.sources import load_splits
 
@@ -55,8 +54,7 @@ def run(seed: int) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         settings = ["experiment=quickstart", OTHER, f"seed={seed}", "threads=1", "report=none"]
         subprocess.run([sys.executable, "-m", "fedzo", "train", *settings, f"hydra.run.dir={folder}"], check=True)
-    told = [json.loads(line) for line in lines.read_text().splitlines()]
-    (summary,) = (line for line in told if line["kind"] == "summary")
+    (summary,) = metric_lines(folder, "summary")
     return {**summary, "environment": ran_with(folder)}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedzo.bench.claims import Claims, measured_in, ran_with
+from fedzo.bench.claims import Claims, measured_in, metric_lines, ran_with
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/quickstart")
@@ -56,7 +56,7 @@ def run(folder: Path, seed: int, variables: dict[str, str] | None = None) -> dic
         subprocess.run([sys.executable, "-m", "fedzo", *command], check=True, env={**os.environ, **(variables or {})})
 
     wall_s = timed(folder, train)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(folder)
     summary = {"seed": seed, **next(line for line in lines if line["kind"] == "summary")}
     return {"summary": summary, "lines": lines, "environment": ran_with(folder), "wall_s": wall_s}
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedzo.bench.claims import Claims, ran_with
+from fedzo.bench.claims import Claims, metric_lines, ran_with
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/quickstart-tried")
@@ -65,8 +65,7 @@ def run(number: int, settings: list[str]) -> Path:
 
 def best(folder: Path) -> dict[str, Any]:
     """The dev score of least loss after the first round."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    scores = [line for line in lines if line["kind"] == "score" and line["round"] > 0]
+    scores = [line for line in metric_lines(folder, "score") if line["round"] > 0]
     least: dict[str, Any] = min(scores, key=lambda line: math.inf if line["loss"] is None else line["loss"])
     return least
 
