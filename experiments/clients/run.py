@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from fedzo.bench.claims import Claims, check_alike, measured_in, ran_with
+from fedzo.bench.claims import Claims, check_alike, measured_in, metric_lines, ran_with
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -116,8 +116,7 @@ def one(runtime: str, clients: int, steps: int, folder: str) -> None:
     settings += ["strategy.deadline_s=86400"] if runtime == "ray" else []  # else clients take turns, without one
     run = Path(folder) / "run"
     start_run(load(settings), run, overrides=settings)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds = [line["round_seconds"] for line in lines if line["kind"] == "round"]
+    seconds = [line["round_seconds"] for line in metric_lines(run, "round")]
     point = {
         "runtime": runtime,
         "clients": clients,

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fedzo.bench.claims import ran_with
+from fedzo.bench.claims import metric_lines, ran_with
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -68,7 +68,7 @@ def best_dev_loss(row: Row) -> float:
 
 
 def _row(folder: Path) -> Iterator[Row]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(folder)
     summary = next((line for line in lines if line["kind"] == "summary"), None)
     if summary is None:
         return  # interrupted: the sweep will go on with it

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fedzo.bench.claims import Claims, check_alike, measured_in, ran_with
+from fedzo.bench.claims import Claims, check_alike, measured_in, metric_lines, ran_with
 from fedzo.commands.mask import make_mask
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.train import start_run
@@ -93,8 +93,7 @@ def run(folder: Path, attack: str, rule: str, mask: Path, *, first: bool) -> dic
         start_run(load(settings), folder, overrides=settings)
     if {*told} != ({*HOSTILE} if attack != "none" else set()):
         raise SystemExit(f"{attack}: clients {HOSTILE} alone must lie, got {dict(told)}. Mend what `lies` replaces.")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rounds = [line for line in lines if line["kind"] == "round"]
+    rounds = metric_lines(folder, "round")
     return {
         "attack": attack,
         "rule": rule,

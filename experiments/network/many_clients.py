@@ -25,7 +25,7 @@ from fedzo.config.schema import RunSettings
 from fedzo.fl.config import FlConfig, StrategyConfig
 from fedzo.fl.exchange import Grid
 from fedzo.fl.log_store import RunStore
-from fedzo.fl.messages import HelloReply, Identity, TrainReply, TrainRequest, decode, encode, scalars_to_bytes
+from fedzo.fl.messages import HelloReply, Identity, ScalarReply, TrainRequest, decode, encode, scalars_to_bytes
 from fedzo.fl.replica import Replica
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server
@@ -108,7 +108,7 @@ class AnsweringGrid:
         return [self._replies.pop(name) for name in names if name in self._replies]
 
 
-def answer(message: Message, random: np.random.Generator) -> HelloReply | TrainReply:
+def answer(message: Message, random: np.random.Generator) -> HelloReply | ScalarReply:
     """What a client answers, with scalars as small as a model's."""
     if message.metadata.message_type == "query.hello":
         return HelloReply(
@@ -120,7 +120,7 @@ def answer(message: Message, random: np.random.Generator) -> HelloReply | TrainR
         )
     steps = decode(TrainRequest, message.content).steps
     g, loss = random.standard_normal((2, steps, 1)).astype(np.float32)
-    return TrainReply(g=scalars_to_bytes(g), loss=scalars_to_bytes(np.abs(loss)), dropped=bytes(steps))
+    return ScalarReply(g=scalars_to_bytes(g), loss=scalars_to_bytes(np.abs(loss)), dropped=bytes(steps))
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ alone (``stock-app``), whose clients compute two forwards of the same model and 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,12 +16,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from stock import stock_rounds
 from traffic import failure
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, metric_lines
 
 HERE = Path(__file__).parent
 OVERHEAD_S, FIRST_S = 0.5, 20.0
@@ -79,8 +77,7 @@ def run(folder: Path, runtime: str, rounds: int) -> dict[str, float]:
             first = time.monotonic() - began
     if process.returncode:
         raise failure(f"it ended with status {process.returncode}", folder, command)
-    lines: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = [line["round_seconds"] for line in lines if line["kind"] == "round"]
+    seconds = [line["round_seconds"] for line in metric_lines(folder, "round")]
     assert first is not None
     return {"round": statistics.median(seconds[1:]), "start": first}
 

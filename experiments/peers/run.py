@@ -27,7 +27,7 @@ from typing import Any
 import tables
 from methods import FIRST_LAYER, MASK, METHODS, NUM_CLIENTS, UPPER_MASK, Method
 
-from fedzo.bench.claims import ran_with
+from fedzo.bench.claims import metric_lines, ran_with
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/peers")
@@ -216,7 +216,7 @@ def train(key: str, task: str, name: str, settings: list[str]) -> list[Entry]:
     print(key, flush=True)
     folder = fresh(key)
     fedzo("train", *words(task, name, settings), f"hydra.run.dir={folder}")
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return metric_lines(folder)
 
 
 class DivergedError(Exception):

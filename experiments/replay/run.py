@@ -25,7 +25,7 @@ from fedzo.bench.claims import Claims
 from fedzo.report.style import BLUE, ORANGE, PAPER, house_style, new_axes
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.steps import apply_record
 from fedzo.zo.virtual_path import round_products, virtual_paths
@@ -61,14 +61,14 @@ def cases() -> dict[Case, Callable[[], object]]:
     def paths(scalars: dict[int, np.ndarray], *, shared: bool) -> object:
         law, owners = Distribution.gaussian, (SHARED,) if shared else tuple(scalars)
         c = np.zeros((STEPS, 1, len(owners)), np.float32)
-        record = RoundRecord(round=0, lr=1e-3, owners=owners, coefficients=c)
+        record = ScalarRecord(round=0, lr=1e-3, owners=owners, coefficients=c)
         xi = round_products(gradient, record, run_seed=0, distribution=law)
         return virtual_paths(gradient, scalars, record, xi, run_seed=0, distribution=law)
 
     def replay(g: np.ndarray) -> None:
         """The aggregate of all clients, and its steps."""
         c = g.mean(axis=0, dtype=np.float64).astype(np.float32)[:, :, None]
-        apply_record(space, RoundRecord(round=0, lr=1e-3, owners=(SHARED,), coefficients=c), run_seed=0)
+        apply_record(space, ScalarRecord(round=0, lr=1e-3, owners=(SHARED,), coefficients=c), run_seed=0)
 
     found: dict[Case, Callable[[], object]] = {}
     for num in CLIENTS:

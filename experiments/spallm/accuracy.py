@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import Claims, measured_in, ran_with
+from fedzo.bench.claims import Claims, measured_in, metric_lines, ran_with
 from fedzo.report.format import interval
 
 HERE = Path(__file__).parent
@@ -87,15 +87,15 @@ def run(task: str, *, seed: int, lr: float) -> Run:
     fedzo("train", "-m", "--config-dir", str(STUDY / "conf"), *words, f"hydra.sweep.dir={folder}")
     # beside it may lie what an earlier version of fedzo began under another name
     (records,) = (path for path in folder.glob("*/metrics.jsonl") if '"summary"' in path.read_text())
-    lines = [json.loads(line) for line in records.read_text().splitlines()]
-    (summary,) = [line for line in lines if line["kind"] == "summary"]
+    (summary,) = metric_lines(records.parent, "summary")
+    scores = metric_lines(records.parent, "score")
     found = {
         "task": task,
         "seed": seed,
         "lr": lr,
         "before": {key: summary["before"][key] for key in ("value", "loss")},
         "after": {key: summary["after"][key] for key in ("value", "loss")},
-        "dev": [[s["round"], s["value"], s["loss"]] for s in lines if s["kind"] == "score" and s["split"] == "dev"],
+        "dev": [[s["round"], s["value"], s["loss"]] for s in scores if s["split"] == "dev"],
         "best_round": summary["best_round"],
         "seconds": round(summary["seconds"], 1),
         "environment": ran_with(records.parent, "task", "trainer.lr", "server_optimizer.lr"),

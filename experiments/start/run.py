@@ -13,7 +13,6 @@ and nothing scored, so that what is left is what every run pays. Medians of seve
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, metric_lines
 
 HERE = Path(__file__).parent
 REPEATS = 3
@@ -84,8 +83,7 @@ def seconds_to_first_round(settings: list[str], folder: Path) -> float:
     end = time.perf_counter()
     if process.wait() != 0:
         sys.exit(f"{' '.join(command)} must succeed")
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return end - begin - sum(line["round_seconds"] for line in lines if line["kind"] == "round")
+    return end - begin - sum(line["round_seconds"] for line in metric_lines(folder, "round"))
 
 
 def seconds_of_loading() -> float:

@@ -20,13 +20,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedzo.bench.claims import Claims, measured_in, ran_with
+from fedzo.bench.claims import Claims, measured_in, metric_lines, ran_with
 from fedzo.errors import RunFolderError
 from fedzo.evaluate.metrics import auc
 from fedzo.fl.server.step_policy.statistics import Statistic, magnitudes
 from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest, judge
 from fedzo.records.decode import decode_json
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 
 HERE = Path(__file__).parent
 PHASES = {10: 5, 20: 5, 50: 10, 100: 20}
@@ -81,19 +81,18 @@ def run(data: Path, seed: int) -> Path:
     return folder
 
 
-def read(folder: Path) -> tuple[AuditLine, set[int]]:
+def read(folder: Path) -> tuple[ScalarAuditLine, set[int]]:
     """The audit line of the calibration, and the clients that declared a single label."""
     text = (folder / "audit.jsonl").read_text().splitlines()[0]
-    line = decode_json(AuditLine, text, where=str(folder / "audit.jsonl"), error=RunFolderError)
-    metrics = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    (setup,) = [record for record in metrics if record["kind"] == "setup"]
+    line = decode_json(ScalarAuditLine, text, where=str(folder / "audit.jsonl"), error=RunFolderError)
+    (setup,) = metric_lines(folder, "setup")
     return line, {client["client"] for client in setup["clients"] if len(client["label_counts"]) == 1}
 
 
 # --- what the audit log says
 
 
-def analyse(line: AuditLine, planted: set[int]) -> dict[str, Any]:
+def analyse(line: ScalarAuditLine, planted: set[int]) -> dict[str, Any]:
     """AUC and verdicts of every rule after the first T steps, for both statistics.
 
     Args:

@@ -12,7 +12,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from fedzo.records.folder import ENVIRONMENT, RUN_FILE
+from fedzo.records.folder import ENVIRONMENT, METRICS, RUN_FILE
 from fedzo.report.format import interval
 from fedzo.system import environment
 
@@ -36,6 +36,12 @@ def ran_with(run_dir: Path, *varied: str) -> dict[str, Any]:
     told: dict[str, Any] = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
     own = ("command", "config_hash", "run_id")  # of this run alone; a command's words may hold paths of the machine
     return {**{key: value for key, value in told.items() if key not in own}, "settings": digest[:12]}
+
+
+def metric_lines(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """What a run told, in order: the lines of one kind, or all of them."""
+    lines = map(json.loads, (run_dir / METRICS).read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if kind in (None, line["kind"])]
 
 
 def check_alike(results: Iterable[Result]) -> None:

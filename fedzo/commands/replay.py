@@ -26,10 +26,10 @@ from fedzo.fl.config import directions_of
 from fedzo.fl.log_store import RunLog
 from fedzo.fl.server.scalar_aggregator import aggregate
 from fedzo.records.folder import METRICS, raised_as
-from fedzo.records.log import AuditLine, ClientAudit
+from fedzo.records.log import ScalarAudit, ScalarAuditLine
 from fedzo.records.metrics import Extension
 from fedzo.zo.keys import step_keys
-from fedzo.zo.log import RoundRecord, Scalars
+from fedzo.zo.log import ScalarRecord, Scalars
 from fedzo.zo.spaces.base import Space, Values
 from fedzo.zo.steps import local_step, probe_shares
 
@@ -111,8 +111,8 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out must be a file in an existing folder, got {str(out)!r}. Choose another.")
     log = RunLog(run_dir)
-    line, entry = _find(cast(Sequence[AuditLine], log.audit), client=client, round=round)
-    record = cast(RoundRecord, log.records[round])
+    line, entry = _find(cast(Sequence[ScalarAuditLine], log.audit), client=client, round=round)
+    record = cast(ScalarRecord, log.records[round])
     g = entry.g
     replica = rebuild(run_dir, rounds=round).replica
     space, drift = replica.space, replica.drift(client, lr=line.lr)
@@ -136,7 +136,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     return ClientPath(client, round, line.lr, tuple(checks), g, entry.loss.astype(np.float64), checked)
 
 
-def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig) -> None:
+def _check_sum(line: ScalarAuditLine, record: ScalarRecord, config: RunConfig) -> None:
     """Compare a round's public scalars with those that the audit log's make.
 
     Raises:
@@ -152,7 +152,7 @@ def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig) -> None:
         )
 
 
-def _find(audit: Sequence[AuditLine], *, client: int, round: int) -> tuple[AuditLine, ClientAudit]:
+def _find(audit: Sequence[ScalarAuditLine], *, client: int, round: int) -> tuple[ScalarAuditLine, ScalarAudit]:
     if round >= len(audit):
         raise ConfigError(
             f"--round must be below {len(audit)}, the number of rounds in the log, got {round}. Rounds count from 0."

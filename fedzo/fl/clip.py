@@ -14,16 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 from fedzo.records.scores import MAX_LOSS
-from fedzo.zo.log import RoundRecord, Scalars
+from fedzo.zo.log import ScalarRecord, Scalars
 
 NO_BOUND = 0.0
 FAR_OFF = 100.0  # times the median of a round's clients; SmolLM2's scalars on non-IID clients come to a fifth of it
 LARGE_LOSS = 100.0  # nats: no loss below it is far off, however small the others' are
 
 
-def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], *, factor: float, rounds: int) -> float:
+def announced_bound(
+    audit: Sequence[ScalarAuditLine], records: Sequence[ScalarRecord], *, factor: float, rounds: int
+) -> float:
     """``factor`` times the median |g| over all clients' scalars of the last ``rounds`` rounds.
 
     A function of the logs alone, so a resumed run announces what an unbroken one would. Dropped probes measured
@@ -54,7 +56,7 @@ def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], 
     return float(np.float32(min(factor * float(np.median(scalars)), float(np.finfo(np.float32).max))))
 
 
-def _of_common_steps(line: AuditLine) -> Iterator[Scalars]:
+def _of_common_steps(line: ScalarAuditLine) -> Iterator[Scalars]:
     """What each client measured in the steps that all of them took."""
     common = min((entry.steps for entry in line.clients), default=0)
     for entry in line.clients:

@@ -18,7 +18,7 @@ from fedzo.fl.config import directions_of, keeps_columns
 from fedzo.fl.messages import Refusal, Sync, TrainRequest
 from fedzo.fl.site_limits import SiteError, check_work
 from fedzo.zo.directions import SHARED
-from fedzo.zo.log import LogRecord, RoundRecord, unpack
+from fedzo.zo.log import LogRecord, ScalarRecord, unpack
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunConfig, SiteFile
@@ -111,9 +111,9 @@ class Limits:
     def _check_record(self, record: LogRecord) -> None:
         what, run = f"log, round {record.round}:", self.run
         _within(f"{what} lr", record.lr, 0.0, self._lr)
-        if isinstance(record, RoundRecord) is run.estimator.sends_vectors:
+        if isinstance(record, ScalarRecord) is run.estimator.sends_vectors:
             raise ProtocolError(f"{what} it must hold {'a vector' if run.estimator.sends_vectors else 'scalars'}")
-        if not isinstance(record, RoundRecord):
+        if not isinstance(record, ScalarRecord):
             return  # its size is compared with the space's
         steps, probes, owners = record.coefficients.shape
         planned = run.estimator.probes_per_step

@@ -27,7 +27,7 @@ from fedzo.records.decode import decode
 from fedzo.records.fields import RoundNumber
 from fedzo.records.folder import AUDIT, METRICS, PUBLIC, refuse_link
 from fedzo.records.lines import RESTORE, LogLines
-from fedzo.records.log import CommittedLine, Proof, PublicLine, RoundAudit, decode_audit, decode_public
+from fedzo.records.log import AuditLine, Proof, PublicLine, ScalarLine, decode_audit, decode_public
 from fedzo.records.metrics import (
     CentralScore,
     Extension,
@@ -38,7 +38,7 @@ from fedzo.records.metrics import (
     Summary,
     decode_metric,
 )
-from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
+from fedzo.zo.log import LogRecord, ScalarRecord, VectorRecord
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -75,11 +75,11 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.public: LogLines[CommittedLine] = LogLines(folder, PUBLIC, decode_public)
+        self.public: LogLines[PublicLine] = LogLines(folder, PUBLIC, decode_public)
         self.records = [self._record(line) for line in self.public]
 
     @cached_property
-    def audit(self) -> LogLines[RoundAudit]:
+    def audit(self) -> LogLines[AuditLine]:
         """Audit lines of the committed rounds, in the file."""
         lines = LogLines(self.folder, AUDIT, decode_audit)
         self.check_audit([*LogLines(self.folder, AUDIT, _round_of)])
@@ -106,10 +106,10 @@ class RunLog:
                 f"{' in another order' if found == done else ''}. {RESTORE}"
             )
 
-    def _record(self, line: CommittedLine) -> LogRecord:
+    def _record(self, line: PublicLine) -> LogRecord:
         """What a line says; a vector stays in its file until it is read."""
-        if isinstance(line, PublicLine):
-            return RoundRecord.from_line(line)
+        if isinstance(line, ScalarLine):
+            return ScalarRecord.from_line(line)
         return VectorRecord.from_line(line, partial(read_vector, self.folder, line.vector, line.round, line.size))
 
 
@@ -165,7 +165,7 @@ class RunStore(RunLog):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def commit(self, record: LogRecord, *, attendance: Sequence[int], proof: Proof, audit: RoundAudit) -> None:
+    def commit(self, record: LogRecord, *, attendance: Sequence[int], proof: Proof, audit: AuditLine) -> None:
         """Make a round part of the run.
 
         Args:

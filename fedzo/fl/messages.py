@@ -203,7 +203,7 @@ class TrainRequest(Sync):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainReply:
+class ScalarReply:
     """What a client answers: its scalars. ``g`` and ``loss`` are float32 [T, P], little endian."""
 
     status: Status = Status.ok

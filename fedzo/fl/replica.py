@@ -18,10 +18,10 @@ from fedzo.fl.messages import Status, Sync
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.products import RoundedProducts
-from fedzo.records.log import CommittedLine, Proof
+from fedzo.records.log import Proof, PublicLine
 from fedzo.records.metrics import Forwards
 from fedzo.system import OnProgress, no_progress
-from fedzo.zo.log import EMPTY_CHAIN, LogRecord, RoundRecord, extend_chain
+from fedzo.zo.log import EMPTY_CHAIN, LogRecord, ScalarRecord, extend_chain
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Space
 from fedzo.zo.steps import Drift
@@ -91,7 +91,7 @@ class Replica:
                 "steps, but have changed. A space's rewind or probe is at fault."
             )
         self._check = self._digest = None
-        if isinstance(record, RoundRecord):
+        if isinstance(record, ScalarRecord):
             self._optimizer.apply(self.space, self.moments, record, run_seed=self._run_seed)
             return
         if not isinstance(self._optimizer, VectorOptimizer) or record.size != self.space.size:
@@ -142,7 +142,7 @@ class Replica:
         """What a line of the log says of the state after it; the SHA-256 of theta only where ``digest`` asks for it."""
         return Proof(chain=self.chain.hex(), check=self.check(), digest=self.digest() if digest else None)
 
-    def verify(self, line: CommittedLine) -> None:
+    def verify(self, line: PublicLine) -> None:
         """Compare the state with the proof in the line of the log that was applied last.
 
         Raises:
@@ -162,7 +162,7 @@ class Replica:
 
     def is_shorter_than(self, records: Sequence[LogRecord]) -> bool:
         """Whether a snapshot is fewer bytes than these records' vectors; logs of scalars are always replayed."""
-        if not records or isinstance(records[-1], RoundRecord):  # a log holds one kind
+        if not records or isinstance(records[-1], ScalarRecord):  # a log holds one kind
             return False
         return sum(each.payload_bytes for each in records) > self.snapshot_bytes
 

@@ -1,4 +1,7 @@
-"""The lines of the two logs: ``public.jsonl`` rebuilds the model, ``audit.jsonl`` every client's local steps."""
+"""The lines of the two logs: ``public.jsonl`` rebuilds the model, ``audit.jsonl`` tells what its rounds were made of.
+
+Both have a line for each round, of scalars or of vectors, as its clients sent them.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +52,8 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PublicLine(Proof):
-    """A committed round (``fedzo.zo.log.RoundRecord``), who took part in it, and the proof of the state after it.
+class ScalarLine(Proof):
+    """A round of scalars (``fedzo.zo.log.ScalarRecord``), who took part in it, and the proof of the state after it.
 
     Attributes:
         owners: Owners of the columns of ``c``: ``("shared",)`` for an aggregate, or client indices.
@@ -73,7 +76,7 @@ class PublicLine(Proof):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VectorLine(Proof):
-    """A committed round whose clients sent vectors (``fedzo.zo.log.VectorRecord``); the rest as in ``PublicLine``.
+    """A round of vectors (``fedzo.zo.log.VectorRecord``); the rest as in ``ScalarLine``.
 
     Attributes:
         size: n.
@@ -89,19 +92,20 @@ class VectorLine(Proof):
     attendance: Clients
 
 
-CommittedLine = PublicLine | VectorLine
+PublicLine = ScalarLine | VectorLine
+"""A line of ``public.jsonl``: a committed round."""
 
 
-def decode_public(value: object, *, where: str, error: type[FedzoError], remedy: str = "") -> CommittedLine:
+def decode_public(value: object, *, where: str, error: type[FedzoError], remedy: str = "") -> PublicLine:
     """A line of the public log as the record of its kind."""
     if _kind(value) == VectorLine.kind:
         return decode(VectorLine, value, where=where, error=error, remedy=remedy)
-    return decode(PublicLine, value, where=where, error=error, remedy=remedy)
+    return decode(ScalarLine, value, where=where, error=error, remedy=remedy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ClientAudit:
-    """One client's reply of a round.
+class ScalarAudit:
+    """One client's scalars of a round.
 
     Attributes:
         g: Projected gradients, float32 [T_k, P]; 0 where dropped.
@@ -130,8 +134,8 @@ class ClientAudit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class AuditLine:
-    """Whatever the record of a round was made of.
+class ScalarAuditLine:
+    """Whatever the record of a round of scalars was made of; it rebuilds every client's local steps.
 
     Attributes:
         lr: Learning rate of the local steps; that of the record is 0 where the round only measured.
@@ -144,7 +148,7 @@ class AuditLine:
     round: RoundNumber
     lr: LearningRate
     xi: Products | None
-    clients: Annotated[tuple[ClientAudit, ...], Length(0, MAX_CLIENTS)]
+    clients: Annotated[tuple[ScalarAudit, ...], Length(0, MAX_CLIENTS)]
     refused: Clients
 
     def __post_init__(self) -> None:
@@ -185,7 +189,7 @@ class VectorAudit:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VectorAuditLine:
-    """Whatever the record of a round of vectors was made of; fields as in ``AuditLine``."""
+    """Whatever the record of a round of vectors was made of; fields as in ``ScalarAuditLine``."""
 
     kind: ClassVar[str] = "vectors"
     round: RoundNumber
@@ -194,14 +198,15 @@ class VectorAuditLine:
     refused: Clients
 
 
-RoundAudit = AuditLine | VectorAuditLine
+AuditLine = ScalarAuditLine | VectorAuditLine
+"""A line of ``audit.jsonl``: what the record of a round was made of."""
 
 
-def decode_audit(value: object, *, where: str, error: type[FedzoError], remedy: str = "") -> RoundAudit:
+def decode_audit(value: object, *, where: str, error: type[FedzoError], remedy: str = "") -> AuditLine:
     """A line of the audit log as the record of its kind."""
     if _kind(value) == VectorAuditLine.kind:
         return decode(VectorAuditLine, value, where=where, error=error, remedy=remedy)
-    return decode(AuditLine, value, where=where, error=error, remedy=remedy)
+    return decode(ScalarAuditLine, value, where=where, error=error, remedy=remedy)
 
 
 def _kind(value: object) -> object:

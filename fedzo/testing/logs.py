@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.records.log import AuditLine, ClientAudit
+from fedzo.records.log import ScalarAudit, ScalarAuditLine
 
 
 def audit_line(
@@ -17,7 +17,7 @@ def audit_line(
     xi: npt.ArrayLike | None = None,
     round: int = 0,
     lr: float = 0.5,
-) -> AuditLine:
+) -> ScalarAuditLine:
     """A round's line of the audit log.
 
     Args:
@@ -31,7 +31,7 @@ def audit_line(
     for client, scalars in g.items():
         measured = np.asarray(scalars, np.float32)
         flags = np.asarray((dropped or {}).get(client, np.zeros(measured.shape)), bool)
-        entry = ClientAudit(
+        entry = ScalarAudit(
             client=client,
             g=measured,
             loss=np.where(flags, np.float32(np.nan), np.float32(1)),
@@ -43,4 +43,4 @@ def audit_line(
         )
         clients.append(entry)
     products = None if xi is None else np.asarray(xi, np.float64)
-    return AuditLine(round=round, lr=lr, xi=products, clients=tuple(clients), refused=())
+    return ScalarAuditLine(round=round, lr=lr, xi=products, clients=tuple(clients), refused=())

@@ -1,8 +1,8 @@
 """The log of a run: the global model is ``base + replay(log)``, always (``fedzo.zo.server_optimizer`` replays it).
 
-A record holds what one round did: its aggregate scalars (``RoundRecord``), or the mean of the vectors that clients sent
-(``VectorRecord``). Applying records in order to the base weights gives the model of that round, bit for bit, on any
-machine; a chain of hashes ties each record to all before it.
+A record holds what one round did: scalars along directions (``ScalarRecord``), or the mean of the vectors that clients
+sent (``VectorRecord``). Applying records in order to the base weights gives the model of that round, bit for bit, on
+any machine; a chain of hashes ties each record to all before it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fedzo.errors import ProtocolError
 from fedzo.records.fields import MAX_OWNERS
-from fedzo.records.log import Proof, PublicLine, VectorLine
+from fedzo.records.log import Proof, ScalarLine, VectorLine
 from fedzo.zo.directions import SHARED
 from fedzo.zo.keys import OWN, step_keys
 from fedzo.zo.spaces.base import Values
@@ -32,8 +32,8 @@ EMPTY_CHAIN = hashlib.sha256(b"fedzo log 1").digest()
 
 
 @dataclass(frozen=True, slots=True)
-class RoundRecord:
-    """What one round did to the model.
+class ScalarRecord:
+    """What one round did to the model where clients sent scalars: theta moved along their directions.
 
     Attributes:
         round: Number of the round, from 0.
@@ -82,9 +82,9 @@ class RoundRecord:
         """What the chain of hashes covers: all of it."""
         return self.to_bytes()
 
-    def to_line(self, *, attendance: Sequence[int], proof: Proof) -> PublicLine:
+    def to_line(self, *, attendance: Sequence[int], proof: Proof) -> ScalarLine:
         """The record as a line of the public log; decimal floats that read back to the same float32."""
-        return PublicLine(
+        return ScalarLine(
             round=self.round,
             lr=float(self.lr),
             owners=tuple(_word(owner) for owner in self.owners),
@@ -95,7 +95,7 @@ class RoundRecord:
         )
 
     @classmethod
-    def from_line(cls, line: PublicLine) -> RoundRecord:
+    def from_line(cls, line: ScalarLine) -> ScalarRecord:
         """The inverse of ``to_line``."""
         return cls(
             round=line.round,
@@ -162,7 +162,7 @@ class VectorRecord:
         return cls(round=line.round, lr=line.lr, size=line.size, digest=line.vector, read=read)
 
 
-LogRecord = RoundRecord | VectorRecord
+LogRecord = ScalarRecord | VectorRecord
 """What a round did: scalars along directions, or a vector."""
 
 
@@ -226,7 +226,9 @@ def unpack(data: bytes) -> Iterator[LogRecord]:
         if not np.isfinite(scalars).all():
             raise ProtocolError(f"log: the record of round {round} holds a number that is not finite")
         shaped = scalars.reshape(steps, probes, count).astype(np.float32)
-        yield RoundRecord(round=round, lr=lr, owners=tuple(owners.tolist()), coefficients=shaped, directions=directions)
+        yield ScalarRecord(
+            round=round, lr=lr, owners=tuple(owners.tolist()), coefficients=shaped, directions=directions
+        )
 
 
 def _unpack_vector(data: bytes, at: int, *, round: int, lr: float) -> tuple[VectorRecord, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedzo.zo.keys import step_key
-from fedzo.zo.log import RoundRecord, Scalars
+from fedzo.zo.log import ScalarRecord, Scalars
 from fedzo.zo.spaces.base import MasterSpace, Space, Values
 
 
@@ -74,13 +74,13 @@ def local_step(space: Space, *, lr: float, c: Scalars, keys: Sequence[int], drif
     apply_steps(space, zip(c, keys, strict=True), lr=lr)
 
 
-def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np.float32, int]]:
+def scalars_and_keys(record: ScalarRecord, *, run_seed: int) -> Iterator[tuple[np.float32, int]]:
     """A round's scalars c with the keys of their directions, in the log's order: (step, probe, owner)."""
     for (t, p, column), c in np.ndenumerate(record.coefficients):
         owner = record.owners[column]
         yield c, step_key(run_seed, round=record.round, step=t, probe=p, owner=owner, directions=record.directions)
 
 
-def apply_record(space: Space, record: RoundRecord, *, run_seed: int) -> None:
+def apply_record(space: Space, record: ScalarRecord, *, run_seed: int) -> None:
     """Apply a round's steps by plain SGD, one after another in the log's order."""
     apply_steps(space, scalars_and_keys(record, run_seed=run_seed), lr=record.lr)

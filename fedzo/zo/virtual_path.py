@@ -23,7 +23,7 @@ import torch
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction, dot_direction
-from fedzo.zo.log import RoundRecord, Scalars
+from fedzo.zo.log import ScalarRecord, Scalars
 from fedzo.zo.steps import scalars_and_keys
 
 Numbers = npt.NDArray[np.float64]
@@ -45,7 +45,7 @@ class VirtualPath:
 def virtual_paths(
     gradient: torch.Tensor,
     scalars: Mapping[int, Scalars],
-    record: RoundRecord,
+    record: ScalarRecord,
     xi: Numbers,
     *,
     run_seed: int,
@@ -98,7 +98,7 @@ def step_products(g: npt.NDArray[np.floating], xi: Numbers, column: int) -> Numb
 
 
 def round_products(
-    gradient: torch.Tensor, record: RoundRecord, *, run_seed: int, distribution: Distribution
+    gradient: torch.Tensor, record: ScalarRecord, *, run_seed: int, distribution: Distribution
 ) -> Numbers:
     """Xi of each direction of a round, float64: [T, P, 1] where clients share them, else a column for each owner.
 

@@ -122,7 +122,7 @@ def test_scores_run_the_lower_blocks_once_however_often_they_are_taken(run: Run,
 
 @pytest.mark.parametrize("rounds", [1, 40])
 def test_the_estimate_counts_the_rows_that_run_to_be_kept_and_no_later_visit(
-    run: Run, rounds: int, monkeypatch: pytest.MonkeyPatch
+    run: Run, lines: Lines, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens: list[int] = []
     inner = LowerLayers.run
@@ -138,8 +138,7 @@ def test_the_estimate_counts_the_rows_that_run_to_be_kept_and_no_later_visit(
         *("evaluation.every_rounds=1", "evaluation.federated_every_rounds=-1", "task.candidates=[a,b]"),
     )
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (setup,) = (line for line in lines if line["kind"] == "setup")
+    (setup,) = (line for line in lines(folder, "metrics.jsonl") if line["kind"] == "setup")
     assert setup["estimate"]["seconds"] == pytest.approx(sum(tokens), rel=0.25)  # padding, held-out rows, checks
 
 

@@ -13,13 +13,13 @@ import pytest
 from fedzo.commands.resume import resume_run
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import decode, parse_json, to_json
-from fedzo.records.log import AuditLine, PublicLine
+from fedzo.records.log import ScalarAuditLine, ScalarLine
 from fedzo.records.metrics import METRIC_KINDS, decode_metric
 from fedzo.run import start
 
 READ: dict[str, Callable[..., object]] = {
-    "public.jsonl": lambda value, **told: decode(PublicLine, value, **told),
-    "audit.jsonl": lambda value, **told: decode(AuditLine, value, **told),
+    "public.jsonl": lambda value, **told: decode(ScalarLine, value, **told),
+    "audit.jsonl": lambda value, **told: decode(ScalarAuditLine, value, **told),
     "metrics.jsonl": decode_metric,
 }
 
@@ -40,7 +40,7 @@ def test_every_kind_of_record_comes_back_byte_for_byte(run: Callable[..., Path])
             assert to_json(record).encode() == line
             seen.add(type(record))
 
-    assert seen == {PublicLine, AuditLine, *METRIC_KINDS.values()}
+    assert seen == {ScalarLine, ScalarAuditLine, *METRIC_KINDS.values()}
 
 
 def test_what_a_step_costs_and_how_long_the_trainer_was_prepared_is_told_before_the_first_round(

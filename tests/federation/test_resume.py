@@ -39,7 +39,7 @@ from fedzo.fl.server import rounds as server
 from fedzo.zo import log as path
 
 def is_public(line):
-    return isinstance(line, store.PublicLine)
+    return isinstance(line, store.ScalarLine)
 
 def die_before(owner, name, when):
     original = getattr(owner, name)

@@ -30,7 +30,7 @@ from fedzo.data.partition import partition
 from fedzo.errors import ConfigError, PluginError, RunFolderError
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.log_store import RunLog
-from fedzo.fl.messages import EvaluateReply, Hello, HelloReply, Refusal, TrainReply, TrainRequest, decode, encode
+from fedzo.fl.messages import EvaluateReply, Hello, HelloReply, Refusal, ScalarReply, TrainRequest, decode, encode
 from fedzo.fl.server.registration import registration_problem
 from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.site_limits import SiteError
@@ -376,7 +376,7 @@ def test_losses_that_a_site_keeps_are_in_no_reply_and_the_run_is_the_same(
     monkeypatch.setattr(apps, "encode", lambda message: [replies.append(message), encode(message)][1])
     settings = (f"fl.local_steps={steps}", "fl.rounds=2", "partition.holdout=0.25")
     told = run(*settings)
-    of_steps = [reply.loss for reply in replies if isinstance(reply, TrainReply)]
+    of_steps = [reply.loss for reply in replies if isinstance(reply, ScalarReply)]
     losses = [data[at : at + 4] for data in of_steps for at in range(0, len(data), 4)]
     scores = [json.loads(reply.scores)["answers"] for reply in replies if isinstance(reply, EvaluateReply)]
     replies.clear()

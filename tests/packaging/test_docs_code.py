@@ -45,7 +45,7 @@ PUBLIC = {
     "fedzo.zo.estimator": "ESTIMATORS EstimatorConfig EstimatorTraits Fzoo GradientEstimator LossFn OneSided "
     "Projection TwoPoint ZerothOrderConfig projections",
     "fedzo.zo.keys": "step_keys",
-    "fedzo.zo.log": "RoundRecord",
+    "fedzo.zo.log": "ScalarRecord",
     "fedzo.zo.server_optimizer": "SERVER_OPTIMIZERS ServerOptimizerConfig ServerOptimizerTraits build_server_optimizer "
     "decay round_direction step_along",
     "fedzo.zo.spaces.base": "Space Values",
@@ -93,7 +93,7 @@ from fedzo.zo.directions import SHARED, direction, stream_key
 
 assert plugin_classes()["server_optimizer"]["sign"] is SignConfig
 rule, space = SERVER_OPTIMIZERS.build(SignConfig(weight_decay=0.5), local_steps=1), VectorSpace(np.ones(4))
-record = RoundRecord(round=0, lr=0.5, owners=(SHARED,), coefficients=np.full((1, 1, 1), 2, np.float32))
+record = ScalarRecord(round=0, lr=0.5, owners=(SHARED,), coefficients=np.full((1, 1, 1), 2, np.float32))
 rule.apply(space, np.zeros((0, 4), np.float32), record, run_seed=3)
 assert (space.theta == 0.75 - 0.5 * np.sign(direction(stream_key(3, round=0), 4))).all()
 """

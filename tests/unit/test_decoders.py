@@ -44,7 +44,7 @@ from fedzo.fl.messages import (
     EvaluateRequest,
     Hello,
     HelloReply,
-    TrainReply,
+    ScalarReply,
     TrainRequest,
     VectorReply,
     decode,
@@ -77,7 +77,7 @@ from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.directions import SHARED
 from fedzo.zo.estimator import TwoPointConfig
 from fedzo.zo.keys import OWN
-from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, VectorRecord, pack, unpack
+from fedzo.zo.log import EMPTY_CHAIN, ScalarRecord, VectorRecord, pack, unpack
 from fedzo.zo.server_optimizer import SgdConfig
 
 MAX_BYTES, MAX_SECONDS = 48 << 20, 4.0
@@ -173,9 +173,9 @@ def messages(draw: st.DrawFn, good: Any) -> RecordDict:
     return RecordDict({RECORD: ConfigRecord(fields)})
 
 
-def record(**fields: Any) -> RoundRecord:
+def record(**fields: Any) -> ScalarRecord:
     sound = {"round": 1, "lr": 0.05, "owners": (SHARED,), "coefficients": FLOATS.reshape(3, 2, 1), "directions": OWN}
-    return RoundRecord(**{**sound, **fields})
+    return ScalarRecord(**{**sound, **fields})
 
 
 LIMITS = Limits(
@@ -194,7 +194,7 @@ TRAIN = TrainRequest(
     client=2, config_hash="c" * 64, space_id="a" * 64, round=3, from_round=1, log=pack([record(), record(round=2)]),
     chain=EMPTY_CHAIN.hex(), check=7, digest="d" * 64, steps=3, used=1, lr=0.05, max_abs_g=9.0,
 )  # fmt: skip
-TRAIN_REPLY = TrainReply(
+SCALAR_REPLY = ScalarReply(
     position=3, g=scalars_to_bytes(FLOATS), loss=scalars_to_bytes(FLOATS), dropped=bytes(6), end_check=5
 )
 VECTOR_REPLY = VectorReply(position=3, change=scalars_to_bytes(FLOATS), loss=scalars_to_bytes(FLOATS[:3]))
@@ -234,7 +234,7 @@ def take_train(content: RecordDict) -> None:
 
 def take_reply(content: RecordDict) -> None:
     """A server's way to a reply: what passes are numbers that can be averaged."""
-    result = check_reply(decode(TrainReply, content), TRAIN, probes=2, strategy=StrategyConfig(max_abs_g=10.0))
+    result = check_reply(decode(ScalarReply, content), TRAIN, probes=2, strategy=StrategyConfig(max_abs_g=10.0))
     assert result.g.shape == (3, 2)
     assert np.abs(result.g).max() <= 9.0
 
@@ -292,13 +292,13 @@ def decoders(made: Path) -> Iterator[tuple[str, Decoder]]:
     """Damaged encodings, what reads them, and the errors that may come of it, by name."""
     protocol, config = (ProtocolError,), (ConfigError,)
     for message in (
-        *(Hello(client=1, config_hash="a" * 64), HELLO_REPLY, TRAIN, TRAIN_REPLY, VECTOR_REPLY, PIECE),
+        *(Hello(client=1, config_hash="a" * 64), HELLO_REPLY, TRAIN, SCALAR_REPLY, VECTOR_REPLY, PIECE),
         *(EvaluateRequest(client=2, log=LOG), EvaluateReply(scores="{}"), ArtifactReply(intact=False)),
     ):
         kind = type(message)
         yield kind.__name__, (messages(message), lambda bad, _, kind=kind: decode(kind, bad), protocol)
     yield "steps", (messages(TRAIN), lambda bad, _: take_train(bad), (ProtocolError, SiteError))
-    yield "scalars", (messages(TRAIN_REPLY), lambda bad, _: take_reply(bad), protocol)
+    yield "scalars", (messages(SCALAR_REPLY), lambda bad, _: take_reply(bad), protocol)
     yield "vector", (messages(VECTOR_REPLY), lambda bad, _: take_vector(bad), protocol)
     yield "piece", (messages(PIECE), take_piece, (ProtocolError, SiteError))
     yield "log", (damaged(LOG), lambda bad, _: [each.to_bytes() for each in unpack(bad)], protocol)
@@ -360,7 +360,7 @@ def decoders(made: Path) -> Iterator[tuple[str, Decoder]]:
 
 
 NAMES = [
-    *("Hello", "HelloReply", "TrainRequest", "TrainReply", "VectorReply", "ArtifactPiece", "EvaluateRequest"),
+    *("Hello", "HelloReply", "TrainRequest", "ScalarReply", "VectorReply", "ArtifactPiece", "EvaluateRequest"),
     *("EvaluateReply", "ArtifactReply", "steps", "scalars", "vector", "piece", "log", "bundle", "label counts"),
     "stages",
     *("scores", "run", "certificate", "private key", "public key", "key of a node", "invitation"),

@@ -16,7 +16,7 @@ from fedzo.errors import PluginError
 from fedzo.fl.client.local_update import Batches
 from fedzo.fl.clip import NO_BOUND, clip, sent_losses
 from fedzo.fl.config import Aggregation, directions_of
-from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_to_bytes
+from fedzo.fl.messages import ScalarReply, TrainRequest, scalars_to_bytes, signs_to_bytes
 from fedzo.fl.replica import Workspace
 from fedzo.models.forwards import OnRows, Planning
 from fedzo.models.lower_layers import StepStates
@@ -47,7 +47,7 @@ class ScalarUpdate:
         estimator: Turns losses into scalars.
     """
 
-    reply_type: ClassVar[type[TrainReply]] = TrainReply
+    reply_type: ClassVar[type[ScalarReply]] = ScalarReply
 
     def __init__(self, config: RunSettings, batches: Batches, estimator: Estimator) -> None:
         self.config = config
@@ -58,7 +58,7 @@ class ScalarUpdate:
         self._ahead: dict[tuple[int, int, int], list[Projection]] = {}  # by client, round and step
         self._walks_together = True
 
-    def make(self, workspace: Workspace, request: TrainRequest) -> TrainReply:
+    def make(self, workspace: Workspace, request: TrainRequest) -> ScalarReply:
         replica = workspace.replica
         g = np.zeros((request.steps, self.num_probes), np.float32)
         loss = np.zeros_like(g)
@@ -79,7 +79,7 @@ class ScalarUpdate:
         finally:
             if walks:
                 replica.space.rewind()
-        return TrainReply(
+        return ScalarReply(
             position=replica.position,
             g=signs_to_bytes(g) if self.signs else scalars_to_bytes(g),
             loss=scalars_to_bytes(loss),

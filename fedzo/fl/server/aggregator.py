@@ -16,7 +16,7 @@ import numpy as np
 
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.messages import TrainRequest
-from fedzo.records.log import RoundAudit
+from fedzo.records.log import AuditLine
 from fedzo.records.metrics import StepSignals
 from fedzo.zo.log import LogRecord
 
@@ -80,7 +80,7 @@ class Aggregator(Protocol[R]):
 
     reply_type: ClassVar[type[Any]]
 
-    def note(self, record: LogRecord, audit: RoundAudit) -> None:
+    def note(self, record: LogRecord, audit: AuditLine) -> None:
         """Take up a round, new or of a run that is resumed: each once, in their order. Bound and metrics follow."""
         ...
 
@@ -104,11 +104,11 @@ class Aggregator(Protocol[R]):
         """What the round does to the model; nothing where it only measures."""
         ...
 
-    def audit(self, record: LogRecord, replies: Replies[R]) -> RoundAudit:
+    def audit(self, record: LogRecord, replies: Replies[R]) -> AuditLine:
         """The audit line of a round: whatever its record was made of."""
         ...
 
-    def signals(self, record: LogRecord, audit: RoundAudit) -> dict[int, StepSignals]:
+    def signals(self, record: LogRecord, audit: AuditLine) -> dict[int, StepSignals]:
         """What each client's steps measured in the round that was noted last, for the metrics."""
         ...
 

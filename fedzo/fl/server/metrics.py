@@ -9,7 +9,7 @@ import numpy as np
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.server.aggregator import Replies, Result
 from fedzo.records.fields import MAX_TEXT
-from fedzo.records.log import ClientAudit, RoundAudit
+from fedzo.records.log import AuditLine, ScalarAudit
 from fedzo.records.metrics import ClientRound, Round, StepSignals
 from fedzo.records.scores import known
 from fedzo.zo.log import LogRecord
@@ -18,7 +18,7 @@ from fedzo.zo.log import LogRecord
 def round_metrics(
     record: LogRecord,
     replies: Replies[Result],
-    audit: RoundAudit,
+    audit: AuditLine,
     signals: Mapping[int, StepSignals],
     *,
     clipped: int,
@@ -45,7 +45,7 @@ def round_metrics(
         ClientRound(
             client=entry.client,
             loss=known(finite_mean(entry.loss)),
-            abs_g=known(float(np.abs(entry.g).mean())) if isinstance(entry, ClientAudit) else None,
+            abs_g=known(float(np.abs(entry.g).mean())) if isinstance(entry, ScalarAudit) else None,
             steps=entry.steps,
             signals=signals[entry.client],
         )

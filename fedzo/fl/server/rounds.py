@@ -7,7 +7,7 @@
     sample clients of round r
     TrainRequest {r, T, lr, used rows, log suffix,       ->  replay the suffix, compare hashes
                   hash chain, check}                         T times: estimate and clip g on the next rows
-                                                         <-  TrainReply {T x P scalars, losses, flags}
+                                                         <-  ScalarReply {T x P scalars, losses, flags}
     refuse what cannot be used; c = weighted mean of g
     commit to the log (fsync); move theta by the server optimizer
 
@@ -38,7 +38,7 @@ from fedzo.fl.server.shares import client_weights
 from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, checked_plan, news
 from fedzo.fl.server.sync import StateSync
 from fedzo.fl.server.turnout import Turnout
-from fedzo.records.log import AuditLine, RoundAudit
+from fedzo.records.log import AuditLine, ScalarAuditLine
 from fedzo.records.metrics import MetricRecord, Round, StepDecision
 from fedzo.records.presence import Presence
 from fedzo.system import OnProgress, no_progress
@@ -290,7 +290,7 @@ class Server:
 
     def coming_plan(self) -> Plan:
         """What the coming round asks of each client."""
-        audit = cast(Sequence[AuditLine], self.store.audit)  # whoever reads scalars is refused where there are none
+        audit = cast(Sequence[ScalarAuditLine], self.store.audit)  # who reads scalars is refused where there are none
         counts, fl = self.known_label_counts, self.config.fl
         most = self.config.step_policy.max_steps(fl)
         return checked_plan(self.step_policy, audit, counts, num_clients=fl.num_clients, max_steps=most)
@@ -314,7 +314,7 @@ class Server:
         strategy = self.config.strategy
         return client_weights(rows, strategy.weighting, size_cap=strategy.size_cap)
 
-    def _commit(self, record: LogRecord, audit: RoundAudit) -> None:
+    def _commit(self, record: LogRecord, audit: AuditLine) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
         self.replica.advance([record])
@@ -342,7 +342,7 @@ class Server:
             total += self.replica.snapshot_bytes if shorter else self._payload_bytes[-1] - self._payload_bytes[first]
         return total
 
-    def _count_steps(self, audit: RoundAudit) -> None:
+    def _count_steps(self, audit: AuditLine) -> None:
         for entry in audit.clients:
             self._used[entry.client] = entry.used + entry.steps
             self._followed[entry.client] = audit.round + 1

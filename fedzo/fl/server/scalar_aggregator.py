@@ -13,15 +13,15 @@ import torch
 from fedzo.errors import ProtocolError
 from fedzo.fl.clip import NO_BOUND, announced_bound, far_off, largest_of
 from fedzo.fl.config import Aggregation, StrategyConfig, directions_of, keeps_columns
-from fedzo.fl.messages import TrainReply, TrainRequest, scalars_from_bytes, signs_from_bytes
+from fedzo.fl.messages import ScalarReply, TrainRequest, scalars_from_bytes, signs_from_bytes
 from fedzo.fl.server.aggregator import Replies
 from fedzo.fl.server.shares import checked_losses, losses_far_off, shares, trimming
 from fedzo.fl.server.signals import Signals
-from fedzo.records.log import AuditLine, ClientAudit, RoundAudit
+from fedzo.records.log import AuditLine, ScalarAudit, ScalarAuditLine
 from fedzo.records.metrics import StepSignals
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED
-from fedzo.zo.log import LogRecord, RoundRecord, Scalars
+from fedzo.zo.log import LogRecord, ScalarRecord, Scalars
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -56,22 +56,22 @@ class ScalarAggregator:
         gradient: With which every local step is compared (GradIP), float32 [n] in wire order; None where there is none.
     """
 
-    reply_type: ClassVar[type[TrainReply]] = TrainReply
+    reply_type: ClassVar[type[ScalarReply]] = ScalarReply
     distribution: Distribution
     config: RunSettings
     gradient: torch.Tensor | None = None
     _signals: Signals = field(init=False)
-    _recent: deque[tuple[RoundRecord, AuditLine]] = field(init=False)  # the rounds that decide the bound
+    _recent: deque[tuple[ScalarRecord, ScalarAuditLine]] = field(init=False)  # the rounds that decide the bound
 
     def __post_init__(self) -> None:
         strategy = self.config.strategy
         self._signals = Signals(self.gradient, run_seed=self.config.seed, distribution=self.distribution)
         self._recent = deque(maxlen=strategy.clip_rounds if strategy.clip_factor else 0)
 
-    def note(self, record: LogRecord, audit: RoundAudit) -> None:
-        line = cast(AuditLine, audit)  # of a run of scalars
+    def note(self, record: LogRecord, audit: AuditLine) -> None:
+        line = cast(ScalarAuditLine, audit)  # of a run of scalars
         self._signals.note(line)
-        self._recent.append((cast(RoundRecord, record), line))
+        self._recent.append((cast(ScalarRecord, record), line))
 
     def bound(self) -> float:
         strategy = self.config.strategy
@@ -96,7 +96,7 @@ class ScalarAggregator:
     def reply_bytes(self, steps: int) -> int:
         return (4 + 4 + 1) * steps * self.config.estimator.probes_per_step  # g, loss and dropped
 
-    def check(self, reply: TrainReply, request: TrainRequest) -> ScalarResult:
+    def check(self, reply: ScalarReply, request: TrainRequest) -> ScalarResult:
         return check_reply(
             reply,
             request,
@@ -105,18 +105,18 @@ class ScalarAggregator:
             all_may_drop=not self.config.server_optimizer.traits.walks_clients,
         )
 
-    def combine(self, replies: Replies[ScalarResult]) -> RoundRecord:
+    def combine(self, replies: Replies[ScalarResult]) -> ScalarRecord:
         g = {client: result.g for client, result in replies.results.items()}
         record = aggregate(g, replies.weights, self.config, round=replies.round, lr=replies.lr)
         return unmoved(record) if replies.measures_only else record
 
-    def audit(self, record: LogRecord, replies: Replies[ScalarResult]) -> AuditLine:
-        return AuditLine(
+    def audit(self, record: LogRecord, replies: Replies[ScalarResult]) -> ScalarAuditLine:
+        return ScalarAuditLine(
             round=record.round,
             lr=replies.lr,
-            xi=self._signals.products(cast(RoundRecord, record)),
+            xi=self._signals.products(cast(ScalarRecord, record)),
             clients=tuple(
-                ClientAudit(
+                ScalarAudit(
                     client=client,
                     g=result.g,
                     loss=result.loss,
@@ -131,8 +131,8 @@ class ScalarAggregator:
             refused=tuple(sorted(replies.refused)),
         )
 
-    def signals(self, record: LogRecord, audit: RoundAudit) -> dict[int, StepSignals]:
-        return self._signals.of_round(cast(RoundRecord, record), cast(AuditLine, audit))
+    def signals(self, record: LogRecord, audit: AuditLine) -> dict[int, StepSignals]:
+        return self._signals.of_round(cast(ScalarRecord, record), cast(ScalarAuditLine, audit))
 
     def num_clipped(self, replies: Replies[ScalarResult]) -> int:
         strategy = self.config.strategy
@@ -143,7 +143,7 @@ class ScalarAggregator:
 
 
 def check_reply(
-    reply: TrainReply, request: TrainRequest, *, probes: int, strategy: StrategyConfig, all_may_drop: bool = True
+    reply: ScalarReply, request: TrainRequest, *, probes: int, strategy: StrategyConfig, all_may_drop: bool = True
 ) -> ScalarResult:
     """The reply as numbers, or ``ProtocolError`` saying why it cannot be used.
 
@@ -184,7 +184,7 @@ def check_reply(
 
 def aggregate(
     g: Mapping[int, Scalars], weights: Mapping[int, float], config: RunSettings, *, round: int, lr: float
-) -> RoundRecord:
+) -> ScalarRecord:
     """A round's scalars c[t, p] from those of its responders; the mean is sum s_k g_k[t, p] / P (``shares``).
 
     Evaluated in float64 in the order of client index and rounded to float32 once, so the order of arrival changes
@@ -216,7 +216,7 @@ def aggregate(
     if keeps_columns(config):
         assert aggregation is Aggregation.mean, "validation refuses to compare scalars along unlike directions"
         directions = directions_of(config.fl)
-        return RoundRecord(
+        return ScalarRecord(
             round=round, lr=lr, owners=tuple(clients), coefficients=columns.astype(np.float32), directions=directions
         )
     taken = np.array([*steps.values()])
@@ -231,7 +231,7 @@ def aggregate(
             c = _of_takers(columns, taken, trimming(config.strategy.trim_share, len(clients)))
         case Aggregation.majority_sign:  # where a tie moves nothing
             c = _of_takers(np.sign(columns), taken, lambda part: np.sign(part.sum(axis=1))) / probes
-    return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
+    return ScalarRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
 
 
 def _of_takers(columns: np.ndarray, taken: np.ndarray, middle: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -240,7 +240,7 @@ def _of_takers(columns: np.ndarray, taken: np.ndarray, middle: Callable[[np.ndar
     return np.stack([middle(columns[step][:, who]) * len(who) / len(taken) for step, who in enumerate(takers)])
 
 
-def unmoved(record: RoundRecord) -> RoundRecord:
+def unmoved(record: ScalarRecord) -> ScalarRecord:
     """The record of a round that only measures: as long as its steps, but nothing moves theta along it in round 0.
 
     lr = 0 stops every step and the decay; c = 0 leaves the moments at zero.

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from fedzo.fl.server.metrics import finite_mean
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 from fedzo.records.metrics import StepSignals
 from fedzo.zo.config import Distribution
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 from fedzo.zo.virtual_path import Numbers, round_products, step_products, virtual_paths
 
 
@@ -43,13 +43,13 @@ class Signals:
         self._distribution = distribution
         self._tallies: dict[int, _Tally] = {}
 
-    def products(self, record: RoundRecord) -> Numbers | None:
+    def products(self, record: ScalarRecord) -> Numbers | None:
         """Xi for the audit log: <gradient, z> by step, probe and owner of the direction; None without a gradient."""
         if self._gradient is None:
             return None
         return round_products(self._gradient, record, run_seed=self._run_seed, distribution=self._distribution)
 
-    def note(self, line: AuditLine) -> None:
+    def note(self, line: ScalarAuditLine) -> None:
         """Count the steps of a line of the audit log: of each once, in their order."""
         for index, entry in enumerate(line.clients):
             tally = self._tallies.setdefault(entry.client, _Tally())
@@ -60,7 +60,7 @@ class Signals:
                 column = 0 if line.xi.shape[2] == 1 else index  # shared directions, or a column a client
                 tally.abs_grad_ip += float(np.abs(step_products(g, line.xi, column))[measured].sum())
 
-    def of_round(self, record: RoundRecord, line: AuditLine) -> dict[int, StepSignals]:
+    def of_round(self, record: ScalarRecord, line: ScalarAuditLine) -> dict[int, StepSignals]:
         """Per client the signals of each step, and the means over all lines that were noted.
 
         Six digits; None where unknown: a step without a finite loss, or no gradient to compare with.

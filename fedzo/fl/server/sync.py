@@ -18,7 +18,7 @@ from fedzo.fl.replica import Replica
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
-from fedzo.zo.log import RoundRecord, pack
+from fedzo.zo.log import ScalarRecord, pack
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -154,7 +154,7 @@ class StateSync:
     def _log_from(self, start: int) -> bytes:
         """The records from a round on, as they travel; those of scalars are packed once for all clients."""
         records = self.store.records
-        if records and not isinstance(records[0], RoundRecord):
+        if records and not isinstance(records[0], ScalarRecord):
             return pack(records[start:])  # of vectors, which stay in their files
         for record in records[len(self._ends) - 1 :]:
             self._packed += record.to_bytes()

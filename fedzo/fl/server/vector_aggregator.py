@@ -17,7 +17,7 @@ from fedzo.fl.messages import TrainRequest, VectorReply, scalars_from_bytes
 from fedzo.fl.server.aggregator import Replies
 from fedzo.fl.server.shares import checked_losses, losses_far_off, shares, trimming
 from fedzo.fl.server.signals import short
-from fedzo.records.log import RoundAudit, VectorAudit, VectorAuditLine
+from fedzo.records.log import AuditLine, VectorAudit, VectorAuditLine
 from fedzo.records.metrics import StepSignals
 from fedzo.zo.log import LogRecord, Scalars, VectorRecord, vector_digest
 from fedzo.zo.spaces.base import Values
@@ -64,7 +64,7 @@ class VectorAggregator:
     size: int
     config: RunSettings
 
-    def note(self, record: LogRecord, audit: RoundAudit) -> None:
+    def note(self, record: LogRecord, audit: AuditLine) -> None:
         """No round depends on what an earlier one measured."""
 
     def bound(self) -> float:
@@ -138,7 +138,7 @@ class VectorAggregator:
             refused=tuple(sorted(replies.refused)),
         )
 
-    def signals(self, record: LogRecord, audit: RoundAudit) -> dict[int, StepSignals]:
+    def signals(self, record: LogRecord, audit: AuditLine) -> dict[int, StepSignals]:
         return {entry.client: _signals(entry.loss) for entry in audit.clients}
 
     def num_clipped(self, replies: Replies[VectorResult]) -> int:

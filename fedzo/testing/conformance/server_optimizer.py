@@ -14,7 +14,7 @@ from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.keys import OWN
-from fedzo.zo.log import RoundRecord, VectorRecord, pack, unpack
+from fedzo.zo.log import ScalarRecord, VectorRecord, pack, unpack
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Values
 
@@ -69,12 +69,12 @@ def check_server_optimizer(
     _check_range(make, log)
 
 
-def _record(round: int, c: object, *, lr: float = 0.125, owners: Sequence[int] = (SHARED,)) -> RoundRecord:
+def _record(round: int, c: object, *, lr: float = 0.125, owners: Sequence[int] = (SHARED,)) -> ScalarRecord:
     directions = OWN if len(owners) == 2 else SHARED
-    return RoundRecord(round, float(np.float32(lr)), tuple(owners), np.asarray(c, np.float32), directions)
+    return ScalarRecord(round, float(np.float32(lr)), tuple(owners), np.asarray(c, np.float32), directions)
 
 
-def _log() -> list[RoundRecord]:
+def _log() -> list[ScalarRecord]:
     """Several steps and probes, clients with directions of their own, a round without any scalar."""
     return [
         _record(0, [[[0.5], [-1.0]], [[2.0], [0.25]]]),
@@ -85,7 +85,7 @@ def _log() -> list[RoundRecord]:
     ]
 
 
-def _log_of_clients() -> list[RoundRecord]:
+def _log_of_clients() -> list[ScalarRecord]:
     """Each client's own scalars along shared directions: absent clients, an early stop, a round without any scalar."""
     scalars = [
         ((0, 1, 2), [[[0.5, -1.0, 0.25]], [[2.0, 0.25, 1.0]]]),
@@ -94,7 +94,7 @@ def _log_of_clients() -> list[RoundRecord]:
         ((1,), [[[-0.75]], [[0.5]]]),
         ((0, 1, 2), [[[3.0, 1.0, -2.0]], [[1.0, 1.0, 1.0]]]),
     ]
-    return [RoundRecord(r, 0.125, owners, np.asarray(c, np.float32), SHARED) for r, (owners, c) in enumerate(scalars)]
+    return [ScalarRecord(r, 0.125, owners, np.asarray(c, np.float32), SHARED) for r, (owners, c) in enumerate(scalars)]
 
 
 class _Float32Space(VectorSpace):
@@ -130,7 +130,7 @@ def _moments(rule: ServerOptimizer) -> Values:
     return np.zeros((count, _N), np.float32)
 
 
-def _apply(rule: ServerOptimizer, space: VectorSpace, moments: Values, record: RoundRecord) -> None:
+def _apply(rule: ServerOptimizer, space: VectorSpace, moments: Values, record: ScalarRecord) -> None:
     wire = record.to_bytes()
     try:
         with np.errstate(all="ignore"):  # what is not finite is seen afterwards
@@ -145,7 +145,7 @@ def _apply(rule: ServerOptimizer, space: VectorSpace, moments: Values, record: R
 
 def _play(
     rule: ServerOptimizer,
-    log: Sequence[RoundRecord],
+    log: Sequence[ScalarRecord],
     *,
     law: Distribution = Distribution.gaussian,
     theta: Values = _THETA,
@@ -155,7 +155,7 @@ def _play(
     space = _Float32Space(theta, distribution=law)
     kept = _moments(rule) if moments is None else moments.copy()
     for record in unpack(pack(log)):
-        _apply(rule, space, kept, cast(RoundRecord, record))
+        _apply(rule, space, kept, cast(ScalarRecord, record))
     return space.values(), kept
 
 
@@ -165,7 +165,7 @@ def _must_agree(found: tuple[Values, Values], expected: tuple[Values, Values], w
 
 
 def _check_purity(
-    make: Callable[[], ServerOptimizer], log: list[RoundRecord], whole: tuple[Values, Values], law: Distribution
+    make: Callable[[], ServerOptimizer], log: list[ScalarRecord], whole: tuple[Values, Values], law: Distribution
 ) -> None:
     rule = make()
     for _ in range(2):  # one that has played before
@@ -194,12 +194,12 @@ def _check_drift(rule: ControlVariates, theta: Values, moments: Values, *, lr: f
         must(one.pull == other.pull, f"drift's pull must not depend on who was asked before: {one.pull}, {other.pull}")
 
 
-def _check_first_step(make: Callable[[], ServerOptimizer], like: RoundRecord, law: Distribution) -> None:
+def _check_first_step(make: Callable[[], ServerOptimizer], like: ScalarRecord, law: Distribution) -> None:
     """From theta = 0, where a decay does nothing, along one direction that all scalars share."""
     z = direction(stream_key(_SEED, round=0), _N, distribution=law).astype(np.float64)
     for c in (1.0, -1.0):
         scalars = np.full((1, 1, len(like.owners)), c, np.float32)
-        record = RoundRecord(0, 0.125, like.owners, scalars, like.directions)
+        record = ScalarRecord(0, 0.125, like.owners, scalars, like.directions)
         after, _ = _play(make(), [record], law=law, theta=np.zeros(_N, np.float32))
         slope = float(after.astype(np.float64) @ (c * z))
         must(slope < 0, f"the first step must lead against u = {c} z, its product with u must be < 0, got {slope}")
@@ -228,21 +228,21 @@ def _check_vectors(make: Callable[[], ServerOptimizer]) -> None:
     must_be_same_values(anew[1], whole[1], "displace by a new rule each round must lead to the same theta")
 
 
-def _check_zeros(make: Callable[[], ServerOptimizer], log: list[RoundRecord], rests_at_zero: bool) -> None:
+def _check_zeros(make: Callable[[], ServerOptimizer], log: list[ScalarRecord], rests_at_zero: bool) -> None:
     theta, moments = _play(make(), log[:2])
-    last = RoundRecord(2, 0.0, log[0].owners, log[0].coefficients, log[0].directions)
+    last = ScalarRecord(2, 0.0, log[0].owners, log[0].coefficients, log[0].directions)
     after, _ = _play(make(), [last], theta=theta, moments=moments)
     must_be_same_values(after, theta, "a round with lr = 0 must leave theta")
     if rests_at_zero:
-        first = RoundRecord(0, 0.125, log[0].owners, np.zeros_like(log[0].coefficients), log[0].directions)
+        first = ScalarRecord(0, 0.125, log[0].owners, np.zeros_like(log[0].coefficients), log[0].directions)
         found, remembered = _play(make(), [first])
         must_be_same_values(found, _THETA, "a first round whose scalars are all 0 must leave theta")
         must(not remembered.any(), f"a first round whose scalars are all 0 must leave the moments, got {remembered}")
 
 
-def _check_range(make: Callable[[], ServerOptimizer], log: list[RoundRecord]) -> None:
+def _check_range(make: Callable[[], ServerOptimizer], log: list[ScalarRecord]) -> None:
     for size in (1e-30, 1e10):
-        scaled = [RoundRecord(r.round, r.lr, r.owners, r.coefficients * np.float32(size), r.directions) for r in log]
+        scaled = [ScalarRecord(r.round, r.lr, r.owners, r.coefficients * np.float32(size), r.directions) for r in log]
         theta, moments = _play(make(), scaled)
         must(
             bool(np.isfinite(theta).all() and np.isfinite(moments).all()),
@@ -251,7 +251,10 @@ def _check_range(make: Callable[[], ServerOptimizer], log: list[RoundRecord]) ->
 
 
 def _check_formula(
-    formula: Callable[[Numbers, Sequence[Round]], Numbers], log: Sequence[RoundRecord], theta: Values, law: Distribution
+    formula: Callable[[Numbers, Sequence[Round]], Numbers],
+    log: Sequence[ScalarRecord],
+    theta: Values,
+    law: Distribution,
 ) -> None:
     must(not any(len(record.owners) > 2 for record in log), "a formula is for rules without drift")
     rounds = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedzo.errors import Problem, positive_float32, share_below_1
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 from fedzo.zo.server_optimizer.base import (
     SERVER_OPTIMIZERS,
     ServerOptimizer,
@@ -69,7 +69,7 @@ class Adam:
     def num_moments(self, num_clients: int) -> int:
         return 2
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         decay(space, record, self.weight_decay)
         u = round_direction(space, record, run_seed=run_seed)
         m, v = moments

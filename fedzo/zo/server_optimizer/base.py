@@ -23,7 +23,7 @@ import torch
 from fedzo.errors import ConfigError, Problem, not_negative, problem
 from fedzo.registry import PluginConfig, Registry
 from fedzo.zo.directions import add_direction
-from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
+from fedzo.zo.log import LogRecord, ScalarRecord, VectorRecord
 from fedzo.zo.spaces.base import Space, Values
 from fedzo.zo.steps import Drift, scalars_and_keys
 
@@ -161,7 +161,7 @@ class ServerOptimizer(Protocol):
         """Numbers that the optimizer remembers for each trained value, in a run of so many clients."""
         ...
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         """Move theta, and ``moments`` in place, by one round.
 
         Args:
@@ -219,7 +219,7 @@ def build_server_optimizer(config: ServerOptimizerConfig, *, local_steps: int) -
     return optimizer
 
 
-def round_direction(space: Space, record: RoundRecord, *, run_seed: int) -> Values:
+def round_direction(space: Space, record: ScalarRecord, *, run_seed: int) -> Values:
     """U of a round: float32 [n], one rounded product and one rounded sum for each scalar in the log's order."""
     u = torch.zeros(space.size)
     for c, key in scalars_and_keys(record, run_seed=run_seed):
@@ -228,7 +228,7 @@ def round_direction(space: Space, record: RoundRecord, *, run_seed: int) -> Valu
     return u.numpy()
 
 
-def step_along(space: Space, along: Values, record: RoundRecord) -> None:
+def step_along(space: Space, along: Values, record: ScalarRecord) -> None:
     """theta <- theta - lr * along: one rounded product, one rounded difference."""
     space.load(space.values() - np.float32(record.lr) * along)
 

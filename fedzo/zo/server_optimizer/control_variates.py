@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from fedzo.errors import Problem, problem
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 from fedzo.zo.server_optimizer.base import (
     SERVER_OPTIMIZERS,
     ControlVariates,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def end_models(
-    optimizer: ControlVariates, space: Space, moments: Values, record: RoundRecord, *, run_seed: int
+    optimizer: ControlVariates, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int
 ) -> Iterator[tuple[int, Values]]:
     """Each client of a record with its model after its local steps, float32 [n]; the space is left as it is.
 
@@ -80,7 +80,7 @@ class Scaffold:
     def drift(self, start: Values, moments: Values, client: int, *, lr: float) -> Drift:
         return Drift(moments[0] - moments[1 + client])
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         if record.lr == 0:
             return
         start, total = space.values(), np.zeros(space.size, np.float64)
@@ -147,7 +147,7 @@ class FedDyn:
     def drift(self, start: Values, moments: Values, client: int, *, lr: float) -> Drift:
         return Drift(-moments[1 + client], start=start, pull=self.pull(lr))
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         if record.lr == 0:
             return
         start, total, alpha = space.values(), np.zeros(space.size, np.float64), np.float32(self.pull(record.lr))

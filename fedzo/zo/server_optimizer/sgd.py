@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedzo.errors import Problem, share_below_1
-from fedzo.zo.log import RoundRecord, VectorRecord
+from fedzo.zo.log import ScalarRecord, VectorRecord
 from fedzo.zo.server_optimizer.base import (
     SERVER_OPTIMIZERS,
     ServerOptimizer,
@@ -44,7 +44,7 @@ class Sgd:
     def num_moments(self, num_clients: int) -> int:
         return 0
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         decay(space, record, self.weight_decay)
         apply_record(space, record, run_seed=run_seed)
 
@@ -95,7 +95,7 @@ class Momentum:
     def num_moments(self, num_clients: int) -> int:
         return 1
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         decay(space, record, self.weight_decay)
         u = round_direction(space, record, run_seed=run_seed)
         (m,) = moments

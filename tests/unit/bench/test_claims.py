@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.bench.claims import Claims, check_alike, measured_in, number, ran_with, wanted
+from fedzo.bench.claims import Claims, check_alike, measured_in, metric_lines, number, ran_with, wanted
 from fedzo.bench.measure import interleaved
 
 
@@ -121,6 +121,21 @@ def test_runs_are_alike_whatever_their_seed_and_what_the_script_varies(tmp_path:
     varied = ("task", "fl.lr", "fl.num_flagged")  # a key that only some plugins have
     assert settings({"task": {"name": "b"}, "fl": {"rounds": 3, "lr": 2.0}}, *varied) == settings({}, *varied)
     assert settings({"fl": {"rounds": 4, "lr": 1.0}}, *varied) != settings({}, *varied)
+
+
+def test_the_lines_of_a_run_are_read_in_order_all_or_those_of_a_kind(tmp_path: Path) -> None:
+    told = [
+        {"kind": "setup"},
+        {"kind": "round", "round": 0},
+        {"kind": "score", "text": "\u00fc"},
+        {"kind": "round", "round": 1},
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+
+    assert metric_lines(tmp_path) == told
+    assert metric_lines(tmp_path, "round") == [told[1], told[3]]
+    assert metric_lines(tmp_path, "summary") == []
 
 
 def test_a_script_replaces_its_own_rows_only(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from fedzo.cli import main
 from fedzo.config.schema import LaunchConfig
 from fedzo.errors import ConfigError, NumericsError
 
@@ -47,6 +48,13 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refused)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Path:
+    """The folder of a server that nobody has started."""
+    assert main(["server", "init", str(tmp_path / "server"), "--host", "fed.example.org", "--port", "9443"]) == 0
+    return tmp_path / "server"
 
 
 class _Table:

@@ -45,15 +45,9 @@ from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.zo import directions
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Path:
-    assert main(["server", "init", str(tmp_path / "server"), "--host", "fed.example.org", "--port", "9443"]) == 0
-    return tmp_path / "server"
 
 
 def test_init_says_where_sites_connect_and_for_which_names(server: Path, capsys: Capture) -> None:
@@ -312,7 +306,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "config.json").write_text(to_json(filled(LaunchConfig(task=task, fl=FlConfig(rounds=3)))))
     proof, public, metrics = Proof(chain="a" * 64, check=1, digest=None), "", ""
     for number, attendance in enumerate([[0, 1], [0]]):
-        record = RoundRecord(round=number, lr=0.5, owners=(0,), coefficients=np.ones((1, 1, 1), np.float32))
+        record = ScalarRecord(round=number, lr=0.5, owners=(0,), coefficients=np.ones((1, 1, 1), np.float32))
         public += to_line(record.to_line(attendance=attendance, proof=proof)) + "\n"
         told = Round(
             seconds=1.0,
@@ -583,7 +577,7 @@ def test_a_run_that_ends_by_itself_is_not_called_stopped(
     task = TaskConfig(name="rotten_tomatoes", template="{text}", candidates=[" bad", " good"])
     (tmp_path / "config.json").write_text(to_json(filled(LaunchConfig(task=task, fl=FlConfig(rounds=2)))))
     proof = Proof(chain="a" * 64, check=1, digest=None)
-    each = [RoundRecord(round=i, lr=0.5, owners=(0,), coefficients=np.ones((1, 1, 1), np.float32)) for i in range(2)]
+    each = [ScalarRecord(round=i, lr=0.5, owners=(0,), coefficients=np.ones((1, 1, 1), np.float32)) for i in range(2)]
     lines = [to_line(record.to_line(attendance=[0], proof=proof)) + "\n" for record in each]
     (tmp_path / "public.jsonl").write_text("".join(lines[:rounds]))
     asked = []

@@ -28,12 +28,6 @@ EXPIRED = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certifica
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Path:
-    assert main(["server", "init", str(tmp_path / "server"), "--host", "fed.example.org", "--port", "9443"]) == 0
-    return tmp_path / "server"
-
-
-@pytest.fixture
 def site(server: Path, tmp_path: Path) -> Path:
     """The folder of a site that has rows, and whose server does not answer."""
     init = ["client", "init", str(tmp_path / "site"), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedzo.bench.claims import metric_lines
 from fedzo.commands.train import start_run
 from fedzo.config.load import load
 from fedzo.testing.tiny_models import save_tiny_model
@@ -32,8 +32,7 @@ def test_liars_alone_measure_or_send_something_else(hostile: Any, tmp_path: Path
         folder = tmp_path / f"{factor}"
         with hostile.lies(factor) as told:
             start_run(config, folder, overrides=[])
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        clients = next(line["clients"] for line in lines if line["kind"] == "round")
+        clients = metric_lines(folder, "round")[0]["clients"]
         return {*told}, {each["client"]: (each["loss"], each["abs_g"]) for each in clients}
 
     nobody, honest = first_round(1.0)

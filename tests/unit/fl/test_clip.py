@@ -10,20 +10,20 @@ import pytest
 from fedzo.errors import RunFolderError
 from fedzo.fl.clip import NO_BOUND, announced_bound, clip
 from fedzo.records.decode import decode_json, to_json
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 from fedzo.testing.logs import audit_line
 from fedzo.zo.directions import SHARED
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 
 
-def line(*clients: list[list[float]], dropped: list[list[bool]] | None = None) -> AuditLine:
+def line(*clients: list[list[float]], dropped: list[list[bool]] | None = None) -> ScalarAuditLine:
     return audit_line(dict(enumerate(clients)), dropped=None if dropped is None else dict.fromkeys(range(9), dropped))
 
 
-def bound_of(audit: list[AuditLine], *, factor: float, rounds: int, lrs: Sequence[float] = ()) -> float:
+def bound_of(audit: list[ScalarAuditLine], *, factor: float, rounds: int, lrs: Sequence[float] = ()) -> float:
     c = np.zeros((1, 1, 1), np.float32)
     records = [
-        RoundRecord(round=number, lr=lr, owners=(SHARED,), coefficients=c)
+        ScalarRecord(round=number, lr=lr, owners=(SHARED,), coefficients=c)
         for number, lr in enumerate(lrs or [0.5] * len(audit))
     ]
     return announced_bound(audit, records, factor=factor, rounds=rounds)
@@ -59,7 +59,7 @@ def test_dropped_probes_measured_nothing() -> None:
 @pytest.mark.parametrize(
     "audit", [[], [line()], [line([[0.0]], dropped=[[True]])], [line([[0.0, 0.0, 5.0]])]], ids=range(4)
 )
-def test_there_is_no_bound_without_a_history_that_says_something(audit: list[AuditLine]) -> None:
+def test_there_is_no_bound_without_a_history_that_says_something(audit: list[ScalarAuditLine]) -> None:
     assert bound_of(audit, factor=2.0, rounds=3) == NO_BOUND
 
 
@@ -81,7 +81,7 @@ def test_it_is_a_float32_value_the_same_after_the_log_was_read_back_and_never_in
 
     assert bound == float(np.float32(1.1 * (float(np.float32(0.1)) + float(np.float32(0.3))) / 2))
     assert bound == bound_of(
-        [decode_json(AuditLine, to_json(each), where="audit", error=RunFolderError) for each in audit],
+        [decode_json(ScalarAuditLine, to_json(each), where="audit", error=RunFolderError) for each in audit],
         factor=1.1,
         rounds=1,
     )

@@ -16,7 +16,7 @@ from fedzo.fl.messages import (
     EvaluateRequest,
     Hello,
     HelloReply,
-    TrainReply,
+    ScalarReply,
     TrainRequest,
     decode,
     encode,
@@ -204,8 +204,8 @@ def test_the_longer_a_look_for_replies_takes_the_rarer_it_is(takes_s: float, loo
 @pytest.mark.usefixtures("clock")
 def test_what_is_asked_travels_by_its_type_and_bytes_are_counted_as_flower_counts_them() -> None:
     requests = [each(client=3) for each in (Hello, ArtifactPiece, EvaluateRequest, TrainRequest)]
-    kinds = [HelloReply, ArtifactReply, EvaluateReply, TrainReply]
-    replies = [HelloReply(num_train=7), ArtifactReply(held=3), EvaluateReply(position=2), TrainReply(g=b"1234")]
+    kinds = [HelloReply, ArtifactReply, EvaluateReply, ScalarReply]
+    replies = [HelloReply(num_train=7), ArtifactReply(held=3), EvaluateReply(position=2), ScalarReply(g=b"1234")]
     types: list[str] = []
 
     class Answering(Carrier):
@@ -247,8 +247,8 @@ def test_long_bytes_that_several_are_sent_are_cut_once(monkeypatch: pytest.Monke
             pushed.extend(messages)
             return [str(message.metadata.dst_node_id) for message in messages]
 
-    def talk(request: TrainRequest) -> Talk[TrainReply]:
-        return (yield Question(request, TrainReply))
+    def talk(request: TrainRequest) -> Talk[ScalarReply]:
+        return (yield Question(request, ScalarReply))
 
     shared = bytes(range(10))
     requests = [TrainRequest(client=client, log=shared if client < 2 else b"another log") for client in range(3)]
@@ -280,8 +280,8 @@ def test_what_is_sent_again_has_other_hashes_and_is_still_cut_once(monkeypatch: 
             self.starts = 1
             return []
 
-    def talk(request: TrainRequest) -> Talk[TrainReply]:
-        return (yield Question(request, TrainReply))
+    def talk(request: TrainRequest) -> Talk[ScalarReply]:
+        return (yield Question(request, ScalarReply))
 
     talks = {client: talk(requests[client]) for client in range(2)}
     converse(Restarted(), talks, nodes={0: 0, 1: 1}, deadline_s=1.0)
@@ -310,11 +310,11 @@ def test_a_later_question_with_the_same_pieces_has_other_hashes(monkeypatch: pyt
             return [name]
 
         def pull_messages(self, names: list[str]) -> list[Message]:
-            return [Message(encode(TrainReply()), reply_to=self.under_way.pop(name)) for name in names]
+            return [Message(encode(ScalarReply()), reply_to=self.under_way.pop(name)) for name in names]
 
-    def talk() -> Talk[TrainReply]:
-        yield Question(request, TrainReply)
-        return (yield Question(request, TrainReply))
+    def talk() -> Talk[ScalarReply]:
+        yield Question(request, ScalarReply)
+        return (yield Question(request, ScalarReply))
 
     converse(Answering(), {0: talk()}, nodes={0: 7}, deadline_s=1.0)
 
@@ -340,8 +340,8 @@ def test_flower_keeps_a_question_and_its_repetition_for_as_long_as_it_is_waited_
             clock.now += deadline_s / 40
             return []
 
-    def talk() -> Talk[TrainReply]:
-        return (yield Question(TrainRequest(client=0), TrainReply))
+    def talk() -> Talk[ScalarReply]:
+        return (yield Question(TrainRequest(client=0), ScalarReply))
 
     converse(Restarted(), {0: talk()}, nodes={0: 7}, deadline_s=deadline_s)
 

@@ -21,7 +21,7 @@ from fedzo.models.config import BaseConfig
 from fedzo.zo.directions import SHARED
 from fedzo.zo.estimator import BackpropConfig, TwoPointConfig
 from fedzo.zo.keys import OWN
-from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, VectorRecord, pack
+from fedzo.zo.log import EMPTY_CHAIN, ScalarRecord, VectorRecord, pack
 from fedzo.zo.server_optimizer import ScaffoldConfig, SgdConfig
 
 RUN = RunConfig(
@@ -45,10 +45,10 @@ REQUEST = TrainRequest(
 )
 
 
-def record(**fields: Any) -> RoundRecord:
+def record(**fields: Any) -> ScalarRecord:
     shape = fields.pop("shape", (5, 2, 1))
     sound = {"round": 1, "lr": 0.05, "owners": (SHARED,), "coefficients": np.ones(shape, np.float32)}
-    return RoundRecord(**{**sound, **fields})
+    return ScalarRecord(**{**sound, **fields})
 
 
 def test_what_the_run_announced_passes() -> None:

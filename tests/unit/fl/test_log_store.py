@@ -22,7 +22,7 @@ from fedzo.fl.config import BestBy, EvaluationConfig
 from fedzo.fl.log_store import RunLog, RunStore, best_round
 from fedzo.records.decode import encode, to_json
 from fedzo.records.folder import AUDIT, METRICS, PUBLIC
-from fedzo.records.log import AuditLine, ClientAudit, Proof, RoundAudit, decode_audit
+from fedzo.records.log import AuditLine, Proof, ScalarAudit, ScalarAuditLine, decode_audit
 from fedzo.records.metrics import (
     CentralScore,
     ClientRound,
@@ -39,15 +39,15 @@ from fedzo.records.metrics import (
 )
 from fedzo.testing.logs import audit_line
 from fedzo.zo.directions import SHARED
-from fedzo.zo.log import RoundRecord, VectorRecord
+from fedzo.zo.log import ScalarRecord, VectorRecord
 
 
-def record(round: int) -> RoundRecord:
+def record(round: int) -> ScalarRecord:
     c = np.full((1, 1, 1), 0.1 * (round + 1), np.float32)
-    return RoundRecord(round=round, lr=0.5, owners=(SHARED,), coefficients=c)
+    return ScalarRecord(round=round, lr=0.5, owners=(SHARED,), coefficients=c)
 
 
-def audit(round: int) -> AuditLine:
+def audit(round: int) -> ScalarAuditLine:
     return audit_line({0: [[0.5]]}, round=round)
 
 
@@ -362,7 +362,7 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
         (
             AUDIT,
             {"surprise": 1},
-            r"audit\.jsonl, line 2: surprise must be left out: AuditLine has no such field, got 1",
+            r"audit\.jsonl, line 2: surprise must be left out: ScalarAuditLine has no such field, got 1",
         ),
         (AUDIT, {"lr": True}, "line 2: lr must be a float of 0 to .*, got True"),
         (AUDIT, {"xi": [[["x"]]]}, "line 2: xi must be 3 levels of lists, .* or null, got"),
@@ -394,7 +394,7 @@ def test_every_kind_of_line_comes_back_as_it_was_written(tmp_path: Path, owners:
     with RunStore(tmp_path) as store:
         numbers = tuple(SHARED if owner == "shared" else owner for owner in owners)
         c = np.arange(2 * len(owners), dtype=np.float32).reshape(1, 2, len(owners)) / 3
-        written = RoundRecord(round=0, lr=0.1, owners=numbers, coefficients=c, directions=5)
+        written = ScalarRecord(round=0, lr=0.1, owners=numbers, coefficients=c, directions=5)
         proof = Proof(chain="ab" * 32, check=3, digest="cd" * 32)
         store.commit(written, attendance=[0, 7], proof=proof, audit=lines[0])
         public, kept = store.public[0], store.audit[0]
@@ -497,7 +497,7 @@ def test_lines_of_the_audit_log_stay_in_the_file_and_are_read_when_they_are_aske
     """Of 10,000 rounds, 200 clients and 50 steps they would take gigabytes."""
 
     def held() -> int:
-        return sum(type(each) is AuditLine for each in gc.get_objects())
+        return sum(type(each) is ScalarAuditLine for each in gc.get_objects())
 
     gc.collect()  # what other tests have left
     before = held()
@@ -538,7 +538,7 @@ def test_a_run_that_goes_on_has_its_audit_log_read_once(tmp_path: Path, monkeypa
     open_with(tmp_path, 9).close()
     read: list[int] = []
 
-    def decode(value: dict[str, int], **told: Any) -> RoundAudit:
+    def decode(value: dict[str, int], **told: Any) -> AuditLine:
         read.append(value["round"])
         return decode_audit(value, **told)
 
@@ -592,13 +592,13 @@ def test_a_reader_makes_nothing_of_clients_that_it_is_not_asked_for(
         monkeypatch.setattr(of, "__post_init__", counted)
 
     counting(ClientRound)
-    counting(ClientAudit)
+    counting(ScalarAudit)
 
     log = RunLog(tmp_path)
     assert (log.metrics, len(log.audit)) == (light, 5)
     assert made == []
     assert encode(log.audit[3]) == encode(audit(3))
-    assert made.count(ClientAudit) == 2  # of this line, and of the one that it is compared with
+    assert made.count(ScalarAudit) == 2  # of this line, and of the one that it is compared with
 
 
 def test_the_vector_of_a_round_that_a_kill_prevented_is_dropped(

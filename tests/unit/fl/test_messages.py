@@ -24,8 +24,8 @@ from fedzo.fl.messages import (
     EvaluateRequest,
     Hello,
     HelloReply,
+    ScalarReply,
     Status,
-    TrainReply,
     TrainRequest,
     VectorReply,
     decode,
@@ -36,7 +36,7 @@ KINDS = [
     Hello,
     HelloReply,
     TrainRequest,
-    TrainReply,
+    ScalarReply,
     VectorReply,
     EvaluateRequest,
     EvaluateReply,
@@ -119,7 +119,7 @@ def test_a_request_that_does_not_say_whom_it_is_for_is_refused(kind: Any) -> Non
 
 
 def test_a_status_travels_as_its_name() -> None:
-    assert decode(TrainReply, encode(TrainReply(status=Status.behind))).status is Status.behind
+    assert decode(ScalarReply, encode(ScalarReply(status=Status.behind))).status is Status.behind
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_peer_of_another_protocol_is_told_both_versions(kind: Any) -> None:
 
 def test_an_unknown_status_is_named() -> None:
     with pytest.raises(ProtocolError, match="status must be 'ok' or 'behind' or 'bare' or 'mismatch', got 'fine'"):
-        decode(TrainReply, sent({"status": "fine"}))
+        decode(ScalarReply, sent({"status": "fine"}))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_an_unknown_status_is_named() -> None:
 )
 def test_content_that_is_not_one_record_is_refused(other: RecordDict) -> None:
     with pytest.raises(ProtocolError, match="expected one record 'fedzo'"):
-        decode(TrainReply, other)
+        decode(ScalarReply, other)
 
 
 def test_long_bytes_travel_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_pieces_that_are_not_one_field_are_refused(records: dict[str, Any], matc
 
 def test_a_huge_value_is_shown_in_a_few_words() -> None:
     with pytest.raises(ProtocolError) as caught:
-        decode(TrainReply, sent({"position": b"x" * 10**7, "x" * 10**6: 1}))
+        decode(ScalarReply, sent({"position": b"x" * 10**7, "x" * 10**6: 1}))
 
     assert len(str(caught.value)) < 300
 

@@ -12,13 +12,13 @@ from fedzo.fl.messages import Status, Sync
 from fedzo.fl.replica import ON_RECORD, Replica
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED
-from fedzo.zo.log import RoundRecord, pack, unpack
+from fedzo.zo.log import ScalarRecord, pack, unpack
 from fedzo.zo.server_optimizer import Adam, Momentum, ServerOptimizer, Sgd
 
 SGD = Sgd()
 BASE = np.linspace(-1, 1, 33).astype(np.float32)
 LOG = [
-    RoundRecord(round=r, lr=0.5, owners=(SHARED,), coefficients=np.full((2, 1, 1), 0.1 + r, np.float32))
+    ScalarRecord(round=r, lr=0.5, owners=(SHARED,), coefficients=np.full((2, 1, 1), 0.1 + r, np.float32))
     for r in range(6)
 ]
 
@@ -192,8 +192,8 @@ def test_wrong_moments_are_found_at_once_and_healed_with_the_values(rule: Server
     assert sync(replica, request(6, 6, rule, values=server.snapshot())) is Status.ok
     assert same_state(replica, server)
 
-    replica.advance([RoundRecord(round=6, lr=0.5, owners=(SHARED,), coefficients=np.ones((1, 1, 1), np.float32))])
-    server.advance([RoundRecord(round=6, lr=0.5, owners=(SHARED,), coefficients=np.ones((1, 1, 1), np.float32))])
+    replica.advance([ScalarRecord(round=6, lr=0.5, owners=(SHARED,), coefficients=np.ones((1, 1, 1), np.float32))])
+    server.advance([ScalarRecord(round=6, lr=0.5, owners=(SHARED,), coefficients=np.ones((1, 1, 1), np.float32))])
     assert same_state(replica, server)
 
 

@@ -15,7 +15,7 @@ from fedzo.errors import ProtocolError
 from fedzo.fl.client.worker import ClientData, ClientWorker, log_failure
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.limits import Limits
-from fedzo.fl.messages import Hello, Identity, Status, TrainReply, TrainRequest, VectorReply
+from fedzo.fl.messages import Hello, Identity, ScalarReply, Status, TrainRequest, VectorReply
 from fedzo.fl.replica import Replica
 from fedzo.models.config import BaseConfig
 from fedzo.testing.vector_space import VectorSpace
@@ -72,7 +72,7 @@ def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_one
         check_steps=lambda request: None,
         check_state=lambda request, asked_values: asked.append((request.client, asked_values)),
     )
-    update: Any = SimpleNamespace(reply_type=TrainReply, make=lambda at, request: TrainReply())
+    update: Any = SimpleNamespace(reply_type=ScalarReply, make=lambda at, request: ScalarReply())
     clients: Any = SimpleNamespace(progress=lambda client: None, workspace=lambda artifact, asked: workspace)
     worker = ClientWorker(IDENTITY.config_hash, update, clients, limits=limits, evaluators={}, artifacts=artifacts)
 

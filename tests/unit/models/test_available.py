@@ -32,17 +32,12 @@ from fedzo.models.load import load_model
 from fedzo.models.memory import weights_bytes
 from fedzo.run import costs
 from fedzo.system import is_out_of_memory
-from fedzo.testing.tiny_models import save_tiny_model, tiny_loaded
+from fedzo.testing.tiny_models import tiny_loaded
 from fedzo.testing.vector_space import VectorSpace
 
 GIB = 1 << 30
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of memory")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import StepStates
 from fedzo.models.products import RoundedProducts, use_products
 from fedzo.models.scoring import candidate_scores, example_losses
-from fedzo.testing.tiny_models import FAMILIES, tiny_loaded
+from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_tokens
 from fedzo.trainers import TRAINERS, TrainerContext
 from fedzo.zo.config import Distribution
 from fedzo.zo.perturb import PerturbedWeights
@@ -50,12 +50,8 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def tokens(start: int, length: int) -> tuple[int, ...]:
-    return tuple((start * 31 + i * 17) % 256 for i in range(length))
-
-
-SHORT = [Example(tokens(i, length), ((7,), (250,)), i % 2) for i, length in enumerate((12, 5, 9))]
-LONG = [Example(tokens(4, 9), (tokens(5, 3), tokens(6, 1), tokens(7, 4)), 0)]
+SHORT = [Example(tiny_tokens(i, length), ((7,), (250,)), i % 2) for i, length in enumerate((12, 5, 9))]
+LONG = [Example(tiny_tokens(4, 9), (tiny_tokens(5, 3), tiny_tokens(6, 1), tiny_tokens(7, 4)), 0)]
 
 
 def all_weights(loaded: LoadedModel) -> Space:
@@ -196,7 +192,7 @@ def test_the_graphs_used_last_are_kept(new_tape: NewGraph, monkeypatch: pytest.M
     ours, _ = capture(tiny_loaded(), None, longest=64, new_graph=new_tape)
 
     for length in (4, 4, 8, 8, 4, 16, 16):
-        losses(ours, [Example(tokens(1, length), ((7,), (250,)), 0)])
+        losses(ours, [Example(tiny_tokens(1, length), ((7,), (250,)), 0)])
 
     assert [key[1][0][0][1] for key in graphs_of(ours)] == [4, 16]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,16 +55,6 @@ AHEAD: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "llama made bidirectional": lambda: LlamaConfig(**SHAPE, is_causal=False),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture
-def copied(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "model"))
 
 
 def load(where: Path, **settings: Any) -> Any:

@@ -17,17 +17,13 @@ from fedzo.errors import ConfigError
 from fedzo.models.arithmetic import DIFFERENTIABLE
 from fedzo.models.forwards import Planning
 from fedzo.models.scoring import damp_common_shift, example_losses
-from fedzo.testing.tiny_models import tiny_loaded
+from fedzo.testing.tiny_models import tiny_loaded, tiny_tokens
 from fedzo.zo.directions import direction
 
 MANY = 4096
 
 
-def tokens(start: int, length: int) -> tuple[int, ...]:
-    return tuple((start * 31 + i * 17) % 256 for i in range(length))
-
-
-ROWS = [Example(tokens(i, 5 + 3 * i), ((7,), (250,), (9,)), i % 3) for i in range(5)]
+ROWS = [Example(tiny_tokens(i, 5 + 3 * i), ((7,), (250,), (9,)), i % 3) for i in range(5)]
 OWNERS = [4, 0, 4, 0, 9]
 
 
@@ -120,6 +116,6 @@ def losses_of(loaded: object) -> np.ndarray:
 
 
 def test_rows_with_different_numbers_of_answers_are_refused() -> None:
-    rows = [*ROWS, Example(tokens(9, 4), ((7,), (250,)), 0)]
+    rows = [*ROWS, Example(tiny_tokens(9, 4), ((7,), (250,)), 0)]
     with pytest.raises(ConfigError, match=r"^task.common_shift must be 1 where rows have different numbers of answers"):
         example_losses(tiny_loaded(), rows, Planning(MANY), loss=Loss.candidates, common_shift=0.3)

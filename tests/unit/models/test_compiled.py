@@ -28,7 +28,7 @@ from fedzo.models.load import compile_loaded
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
 from fedzo.models.scoring import candidate_scores, example_losses
-from fedzo.testing.tiny_models import tiny_loaded
+from fedzo.testing.tiny_models import tiny_loaded, tiny_tokens
 from fedzo.trainers import TRAINERS, TrainerContext
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.full import FullSpace
@@ -41,12 +41,8 @@ needs_a_compiler = pytest.mark.skipif(
 )
 
 
-def tokens(start: int, length: int) -> tuple[int, ...]:
-    return tuple((start * 31 + i * 17) % 256 for i in range(length))
-
-
-SHORT = [Example(tokens(i, length), ((7,), (250,)), i % 2) for i, length in enumerate((12, 5, 9))]
-LONG = [Example(tokens(4, 9), (tokens(5, 3), tokens(6, 1), tokens(7, 4)), 0)]
+SHORT = [Example(tiny_tokens(i, length), ((7,), (250,)), i % 2) for i, length in enumerate((12, 5, 9))]
+LONG = [Example(tiny_tokens(4, 9), (tiny_tokens(5, 3), tiny_tokens(6, 1), tiny_tokens(7, 4)), 0)]
 
 
 @pytest.fixture
@@ -123,7 +119,7 @@ def test_there_is_one_graph_for_each_bucket_however_many_batches_come(traced: No
     shapes = {(2, 8)}  # of the comparison that compiling begins with
     for number in range(14):
         lengths = [1 + (number * 7 + i * 5) % 20 for i in range(1 + number % 6)]
-        texts = [Read(tokens(number + i, length), 1) for i, length in enumerate(lengths)]
+        texts = [Read(tiny_tokens(number + i, length), 1) for i, length in enumerate(lengths)]
         before = loaded.counter.num_tokens
         ours = hidden(loaded, texts)
         shape = (bucket(len(texts)), min(20, bucket(max(lengths))))
@@ -142,7 +138,7 @@ def test_a_text_beyond_the_longest_bucket_runs_at_its_own_length(traced: None) -
 
     for length, columns in ((9, 9), (7, 8), (11, 11)):
         before = loaded.counter.num_tokens
-        hidden(loaded, [Read(tokens(1, length), 1)])
+        hidden(loaded, [Read(tiny_tokens(1, length), 1)])
         assert loaded.counter.num_tokens - before == columns
 
 

@@ -39,16 +39,6 @@ from fedzo.testing.tiny_models import (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture
-def copied(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "model"))
-
-
 def rewrite(path: Path, change: Any) -> None:
     tensors = load_file(path)
     change(tensors)

@@ -29,7 +29,7 @@ from fedzo.models.load import compile_loaded, wrap_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
 from fedzo.models.scoring import candidate_scores, example_losses
-from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from, tiny_sketch
+from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from, tiny_sketch, tiny_tokens
 from fedzo.trainers import TRAINERS
 from fedzo.trainers.adapters import LoraTrainerConfig
 from fedzo.trainers.artifacts import ArtifactStore
@@ -43,15 +43,11 @@ from fedzo.zo.spaces.masked import MaskedSpace
 MANY = 4096
 
 
-def tokens(start: int, length: int) -> tuple[int, ...]:
-    return tuple((start * 31 + i * 17) % 256 for i in range(length))
-
-
 MIXED = [
-    Example(tokens(1, 5), (tokens(2, 3), tokens(3, 1), tokens(4, 2)), 2),
-    Example(tokens(11, 9), ((7,), (250,)), 1),
-    Example(tokens(12, 31), ((250,), (7,), (99,)), 0),
-    Example(tokens(8, 1), (tokens(9, 6), tokens(10, 1)), 1),
+    Example(tiny_tokens(1, 5), (tiny_tokens(2, 3), tiny_tokens(3, 1), tiny_tokens(4, 2)), 2),
+    Example(tiny_tokens(11, 9), ((7,), (250,)), 1),
+    Example(tiny_tokens(12, 31), ((250,), (7,), (99,)), 0),
+    Example(tiny_tokens(8, 1), (tiny_tokens(9, 6), tiny_tokens(10, 1)), 1),
 ]
 
 
@@ -462,7 +458,7 @@ def test_a_row_runs_the_lower_blocks_once_in_all_rounds_if_it_fits() -> None:
     assert lower is not None
     assert lower.rows is not None
     runs = count_runs(find_blocks(loaded.model)[1][0])
-    rows = [Example(tokens(i, 6), ((7,), (250,)), 0) for i in range(4)]
+    rows = [Example(tiny_tokens(i, 6), ((7,), (250,)), 0) for i in range(4)]
 
     def loss(chosen: list[Example]) -> float:
         planning = Planning(MANY, lower=lower.of_step() if lower else None)
@@ -475,8 +471,8 @@ def test_a_row_runs_the_lower_blocks_once_in_all_rounds_if_it_fits() -> None:
     assert lower.rows.num_bytes == 4 * 6 * 32 * 4  # float32 states, 32 wide, of 6 tokens each
 
     lower.rows.max_bytes = lower.rows.num_bytes
-    loss([Example(tokens(9, 6), ((7,), (250,)), 0)])
-    loss([Example(tokens(9, 6), ((7,), (250,)), 0)])
+    loss([Example(tiny_tokens(9, 6), ((7,), (250,)), 0)])
+    loss([Example(tiny_tokens(9, 6), ((7,), (250,)), 0)])
     assert runs == [3, 1, 1, 1]
 
 

@@ -46,7 +46,7 @@ from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.directions import SHARED
 from fedzo.zo.keys import OWN
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
     AdamConfig,
@@ -220,7 +220,7 @@ def test_what_a_rule_takes_is_not_more_than_estimated(config: ServerOptimizerCon
     own = isinstance(config, ScaffoldConfig | FedDynConfig)
     owners = tuple(range(num_clients)) if own else (SHARED,)
     c = np.ones((2, 1, len(owners)), np.float32)
-    record = RoundRecord(0, 0.0078125, owners, c, directions=SHARED if own else OWN)
+    record = ScalarRecord(0, 0.0078125, owners, c, directions=SHARED if own else OWN)
     space = VectorSpace(np.zeros(n, np.float32))
 
     def one_round() -> Replica:

@@ -25,7 +25,7 @@ from fedzo.models.load import wrap_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import plan_batches
 from fedzo.models.scoring import candidate_scores, mean_loss
-from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from
+from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from, tiny_tokens
 from fedzo.zo import perturb
 from fedzo.zo.directions import direction
 from fedzo.zo.spaces.full import FullSpace
@@ -33,19 +33,15 @@ from fedzo.zo.spaces.full import FullSpace
 MANY = 4096
 
 
-def tokens(start: int, length: int) -> tuple[int, ...]:
-    return tuple((start * 31 + i * 17) % 256 for i in range(length))
-
-
 LONG_ANSWERS = [
-    Example(tokens(1, 5), (tokens(2, 3), tokens(3, 1), tokens(4, 2)), 2),
-    Example(tokens(5, 23), (tokens(6, 2), tokens(7, 4)), 0),
-    Example(tokens(8, 1), (tokens(9, 6), tokens(10, 1)), 1),
+    Example(tiny_tokens(1, 5), (tiny_tokens(2, 3), tiny_tokens(3, 1), tiny_tokens(4, 2)), 2),
+    Example(tiny_tokens(5, 23), (tiny_tokens(6, 2), tiny_tokens(7, 4)), 0),
+    Example(tiny_tokens(8, 1), (tiny_tokens(9, 6), tiny_tokens(10, 1)), 1),
 ]
 SHORT_ANSWERS = [
-    Example(tokens(11, 9), ((7,), (250,)), 1),
-    Example(tokens(12, 31), ((250,), (7,), (99,)), 0),
-    Example(tokens(13, 2), ((1,), (2,)), 0),
+    Example(tiny_tokens(11, 9), ((7,), (250,)), 1),
+    Example(tiny_tokens(12, 31), ((250,), (7,), (99,)), 0),
+    Example(tiny_tokens(13, 2), ((1,), (2,)), 0),
 ]
 MIXED = [LONG_ANSWERS[0], *SHORT_ANSWERS, *LONG_ANSWERS[1:]]
 

@@ -26,7 +26,7 @@ from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, plan_batches, plan_shared
 from fedzo.models.scoring import candidate_scores, example_losses
 from fedzo.models.shared_prompts import check_cache, run_answers, run_prompts
-from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model, tiny_model_from
+from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model, tiny_model_from, tiny_tokens
 from fedzo.trainers import TRAINERS
 from fedzo.trainers.adapters import PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.trainers.artifacts import ArtifactStore
@@ -39,12 +39,10 @@ TOLERANCE = 2e-5  # of a mean log-probability, float32
 MANY = 1 << 20
 
 
-def tokens(start: int, length: int) -> tuple[int, ...]:
-    return tuple((start * 31 + i * 17) % 256 for i in range(length))
-
-
 def example(prompt: int, answers: tuple[int, ...], *, label: int = 0, start: int = 0) -> Example:
-    return Example(tokens(start + 1, prompt), tuple(tokens(start + 7 + j, n) for j, n in enumerate(answers)), label)
+    return Example(
+        tiny_tokens(start + 1, prompt), tuple(tiny_tokens(start + 7 + j, n) for j, n in enumerate(answers)), label
+    )
 
 
 UNEQUAL = [
@@ -55,7 +53,7 @@ UNEQUAL = [
 ]  # longer and shorter than the tiny Gemma's window of 16
 EQUAL = [example(19, (2, 3), start=5), example(19, (4, 1), start=17, label=1), example(19, (2, 2, 2), start=3)]
 VIRTUAL = [PrefixTrainerConfig(init_std=0.3), PromptTrainerConfig(init_std=0.3)]
-SINGLE = Example(tokens(40, 12), ((7,), (250,)), 1)
+SINGLE = Example(tiny_tokens(40, 12), ((7,), (250,)), 1)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -11,7 +11,7 @@ import pytest
 
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import decode, encode, to_json
-from fedzo.records.log import AuditLine, PublicLine, VectorLine
+from fedzo.records.log import ScalarAuditLine, ScalarLine, VectorLine
 from fedzo.testing.logs import audit_line
 
 
@@ -19,7 +19,7 @@ def test_the_entries_of_a_public_line_have_their_order() -> None:
     """A log's bytes do not depend on how the classes of its lines are put together."""
     proof: dict[str, Any] = {"chain": "a" * 64, "check": 7, "digest": None}
     c = np.full((1, 1, 1), 0.5, np.float32)
-    scalars = PublicLine(round=1, lr=0.25, owners=(4,), directions="shared", c=c, attendance=(0, 4), **proof)
+    scalars = ScalarLine(round=1, lr=0.25, owners=(4,), directions="shared", c=c, attendance=(0, 4), **proof)
     vector = VectorLine(round=1, lr=0.25, size=3, vector="b" * 64, attendance=(0, 4), **proof)
 
     end = f'"attendance":[0,4],"chain":"{"a" * 64}","check":7,"digest":null}}'
@@ -33,8 +33,8 @@ def changed(**client: Any) -> dict[str, Any]:
     return json.loads(json.dumps(line))
 
 
-def read(line: dict[str, Any]) -> AuditLine:
-    return decode(AuditLine, line, where="line", error=RunFolderError)
+def read(line: dict[str, Any]) -> ScalarAuditLine:
+    return decode(ScalarAuditLine, line, where="line", error=RunFolderError)
 
 
 def test_a_line_keeps_its_clients_scalars_as_arrays() -> None:

@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from fedzo.errors import RunFolderError
+from fedzo.records.metrics import MetricRecord, decode_metric
+
+Lines = list[dict[str, Any]]
 CLIENTS = [
     {"client": 0, "num_train": 40, "num_heldout": 4, "label_counts": {"0": 39, "1": 1}},
     {"client": 1, "num_train": 30, "num_heldout": 3, "label_counts": {"0": 15, "1": 15}},
@@ -69,7 +73,7 @@ def round_line(number: int) -> dict[str, Any]:
     }
 
 
-def records() -> list[dict[str, Any]]:
+def metrics() -> Lines:
     setup = {
         "kind": "setup",
         "seconds": 3.0,
@@ -136,13 +140,24 @@ def records() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def lines() -> Lines:
+    """What such a run tells, as it is read; a test may change it."""
+    told: Lines = json.loads(json.dumps(metrics()))
+    return told
+
+
+@pytest.fixture
+def records(lines: Lines) -> list[MetricRecord]:
+    """The same, decoded."""
+    return [decode_metric(line, where="metrics", error=RunFolderError) for line in lines]
+
+
+@pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    def make(
-        name: str = "run", *, lines: list[dict[str, Any]] | None = None, task: str = "reviews", **overrides: str
-    ) -> Path:
+    def make(name: str = "run", *, lines: Lines | None = None, task: str = "reviews", **overrides: str) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        text = "".join(json.dumps(line) + "\n" for line in (records() if lines is None else lines))
+        text = "".join(json.dumps(line) + "\n" for line in (metrics() if lines is None else lines))
         (folder / "metrics.jsonl").write_text(text)
         config: dict[str, Any] = {
             "trainer": {"plugin": "meerkat"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from itertools import combinations
@@ -38,6 +37,7 @@ from fedzo.report.style import (
 )
 
 MakeRun = Callable[..., Path]
+Lines = list[dict[str, Any]]
 
 
 def picture(pictures: list[Picture], name: str) -> Picture:
@@ -89,9 +89,9 @@ def test_a_finished_run_has_every_figure_with_the_numbers_of_its_metrics(make_ru
 
 @pytest.mark.parametrize(("wire", "title"), [(None, "Bytes per client"), (900, "Bytes on the wire, per client")])
 def test_bytes_are_said_to_be_of_the_wire_where_something_went_over_one(
-    make_run: MakeRun, wire: int | None, title: str
+    make_run: MakeRun, wire: int | None, title: str, lines: Lines
 ) -> None:
-    lines = [{**line, "wire_up_bytes": wire} if line["kind"] == "round" else line for line in _records(make_run)]
+    lines = [{**line, "wire_up_bytes": wire} if line["kind"] == "round" else line for line in lines]
 
     assert picture(draw_figures(load_run(make_run("run", lines=lines))), "bytes").title == title
 
@@ -111,8 +111,8 @@ def test_what_chose_the_round_is_what_the_run_was_told(make_run: MakeRun, by: st
     assert picture(draw_figures(run), "score").caption.startswith(text)
 
 
-def test_the_value_chose_the_round_where_no_dev_score_has_a_loss(make_run: MakeRun) -> None:
-    lines = [{**line, "loss": None} if line["kind"] == "score" else line for line in _records(make_run)]
+def test_the_value_chose_the_round_where_no_dev_score_has_a_loss(make_run: MakeRun, lines: Lines) -> None:
+    lines = [{**line, "loss": None} if line["kind"] == "score" else line for line in lines]
     run = load_run(make_run("run", lines=lines))
     run.config["evaluation"] = {"best_by": "loss"}
 
@@ -120,15 +120,13 @@ def test_the_value_chose_the_round_where_no_dev_score_has_a_loss(make_run: MakeR
     assert picture(draw_figures(run), "score").caption.startswith(text)
 
 
-def test_without_dev_rows_nothing_chose_a_round(make_run: MakeRun) -> None:
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+def test_without_dev_rows_nothing_chose_a_round(make_run: MakeRun, lines: Lines) -> None:
     lines = [line for line in lines if line.get("split") != "dev"]
 
     assert picture(draw_figures(load_run(make_run("run", lines=lines))), "score").caption.startswith("The test rows")
 
 
-def test_the_losses_of_a_calibration_are_no_training_losses(make_run: MakeRun) -> None:
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+def test_the_losses_of_a_calibration_are_no_training_losses(make_run: MakeRun, lines: Lines) -> None:
     next(line for line in lines if line["kind"] == "round")["calibration"] = True
 
     drawn = picture(draw_figures(load_run(make_run("run", lines=lines))), "loss")
@@ -139,8 +137,9 @@ def test_the_losses_of_a_calibration_are_no_training_losses(make_run: MakeRun) -
     assert "calibration round is left out" in drawn.caption
 
 
-def test_the_slopes_of_all_clients_leave_a_calibration_out_and_show_who_is_flagged(make_run: MakeRun) -> None:
-    lines = _records(make_run)
+def test_the_slopes_of_all_clients_leave_a_calibration_out_and_show_who_is_flagged(
+    make_run: MakeRun, lines: Lines
+) -> None:
     next(line for line in lines if line["kind"] == "round")["calibration"] = True
     verdicts = [{"client": c, "flagged": c == 1, "steps": 1, "statistics": {}} for c in range(3)]
     told = {"kind": "step_policy", "seconds": 7.0, "round": 1, "windows": None, "fallback": False, "clients": verdicts}
@@ -156,8 +155,7 @@ def test_the_slopes_of_all_clients_leave_a_calibration_out_and_show_who_is_flagg
     assert "Flagged clients are dark." in drawn.caption
 
 
-def test_equal_clients_are_not_called_unlike(make_run: MakeRun) -> None:
-    lines = _records(make_run)
+def test_equal_clients_are_not_called_unlike(make_run: MakeRun, lines: Lines) -> None:
     lines[0]["clients"] = [{**client, "label_counts": {"0": 10, "1": 10}} for client in lines[0]["clients"]]
 
     alike = picture(draw_figures(load_run(make_run("run", lines=lines))), "labels").caption
@@ -169,8 +167,8 @@ def test_equal_clients_are_not_called_unlike(make_run: MakeRun) -> None:
     )
 
 
-def test_of_a_single_round_there_are_points(make_run: MakeRun) -> None:
-    lines = [line for line in _records(make_run) if line["kind"] == "setup" or line.get("round") == 0]
+def test_of_a_single_round_there_are_points(make_run: MakeRun, lines: Lines) -> None:
+    lines = [line for line in lines if line["kind"] == "setup" or line.get("round") == 0]
 
     folder = make_run("short", lines=lines)
     pictures = [*draw_figures(load_run(folder)), slopes(folder)]
@@ -179,8 +177,8 @@ def test_of_a_single_round_there_are_points(make_run: MakeRun) -> None:
         assert any(drawn.get_marker() == "o" for drawn in picture(pictures, name).figure.axes[0].lines), name
 
 
-def test_a_run_without_rounds_draws_only_what_it_knows(make_run: MakeRun) -> None:
-    lines = [line for line in _records(make_run) if line["kind"] == "setup"]
+def test_a_run_without_rounds_draws_only_what_it_knows(make_run: MakeRun, lines: Lines) -> None:
+    lines = [line for line in lines if line["kind"] == "setup"]
 
     assert [p.name for p in draw_figures(load_run(make_run("short", lines=lines)))] == ["labels"]
 
@@ -204,10 +202,6 @@ def test_figures_that_cannot_be_written_say_where(make_run: MakeRun, tmp_path: P
 
     with pytest.raises(RunFolderError, match=r"taken: the report must be writable here, got 'File exists'\."):
         save_pictures([], tmp_path / "taken")
-
-
-def _records(make_run: MakeRun) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
 
 
 def texts_on(figure: Figure) -> list[tuple[str, Bbox]]:
@@ -242,9 +236,10 @@ def collisions(figure: Figure) -> list[tuple[str, str]]:
     return found
 
 
-def short_run(make_run: MakeRun, *, rounds: int, best: int, scores: tuple[float, float], dev: float) -> Path:
+def short_run(
+    make_run: MakeRun, whole: Lines, *, rounds: int, best: int, scores: tuple[float, float], dev: float
+) -> Path:
     """A run of so few rounds, whose best round may be that before training, and whose scores may be alike."""
-    whole = _records(make_run)
     lines = [line for line in whole if line["kind"] != "score" and line.get("round", 0) < rounds]
     for line in lines:
         if line["kind"] == "summary":
@@ -265,17 +260,19 @@ def short_run(make_run: MakeRun, *, rounds: int, best: int, scores: tuple[float,
 @pytest.mark.parametrize("best", [0, 1])
 @pytest.mark.parametrize("scores", [(0.5, 0.505), (0.0, 1.0)])
 def test_no_label_of_a_short_run_covers_another(
-    make_run: MakeRun, rounds: int, best: int, scores: tuple[float, float]
+    make_run: MakeRun, rounds: int, best: int, scores: tuple[float, float], lines: Lines
 ) -> None:
-    run = load_run(short_run(make_run, rounds=rounds, best=best, scores=scores, dev=scores[1]))
+    run = load_run(short_run(make_run, lines, rounds=rounds, best=best, scores=scores, dev=scores[1]))
 
     for drawn in draw_figures(run):
         assert (drawn.name, collisions(drawn.figure)) == (drawn.name, [])
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 10])
-def test_axes_of_rounds_steps_and_rows_are_marked_at_whole_numbers(make_run: MakeRun, rounds: int) -> None:
-    run = load_run(short_run(make_run, rounds=rounds, best=1, scores=(0.5, 0.6), dev=0.5))
+def test_axes_of_rounds_steps_and_rows_are_marked_at_whole_numbers(
+    make_run: MakeRun, rounds: int, lines: Lines
+) -> None:
+    run = load_run(short_run(make_run, lines, rounds=rounds, best=1, scores=(0.5, 0.6), dev=0.5))
     pictures = [*draw_figures(run), *([drawn] if (drawn := draw_abs_g(run)) else [])]
 
     seen = set()
@@ -290,8 +287,7 @@ def test_axes_of_rounds_steps_and_rows_are_marked_at_whole_numbers(make_run: Mak
 
 
 @pytest.mark.parametrize("count", [3, 16, 17, 27, 40])
-def test_many_clients_that_are_nearly_equal_have_labels_apart(make_run: MakeRun, count: int) -> None:
-    lines = _records(make_run)
+def test_many_clients_that_are_nearly_equal_have_labels_apart(make_run: MakeRun, count: int, lines: Lines) -> None:
     federated = next(line for line in lines if line["kind"] == "federated_score")
     federated["clients"] = [
         {"client": 100 + c, "metric": "accuracy", "value": 0.02 + c / 1000, "loss": 0.5, "num_examples": 3}
@@ -306,8 +302,7 @@ def test_many_clients_that_are_nearly_equal_have_labels_apart(make_run: MakeRun,
         assert (name, collisions(picture(pictures, name).figure)) == (name, [])
 
 
-def test_long_names_of_classes_stay_within_the_figure(make_run: MakeRun) -> None:
-    lines = _records(make_run)
+def test_long_names_of_classes_stay_within_the_figure(make_run: MakeRun, lines: Lines) -> None:
     lines[0]["clients"] = [{**c, "label_counts": {str(label): 10 for label in range(4)}} for c in lines[0]["clients"]]
     run = load_run(make_run("run", lines=lines))
     names = [f"the customer asks for the delivery of a card that is late, {label}" for label in range(4)]
@@ -323,8 +318,7 @@ def test_long_names_of_classes_stay_within_the_figure(make_run: MakeRun) -> None
     assert shown == [f"{names[0][:31]}…"] * 4
 
 
-def test_the_bars_of_many_clients_are_one_shape_a_label_and_keep_all_rows(make_run: MakeRun) -> None:
-    lines = _records(make_run)
+def test_the_bars_of_many_clients_are_one_shape_a_label_and_keep_all_rows(make_run: MakeRun, lines: Lines) -> None:
     counts = [{str(label): 1 + (k * (label + 3)) % 11 for label in range(8)} for k in range(1003)]
     lines[0]["clients"] = [
         {"client": k, "num_train": sum(own.values()), "num_heldout": 3, "label_counts": own}
@@ -345,8 +339,7 @@ def test_the_bars_of_many_clients_are_one_shape_a_label_and_keep_all_rows(make_r
     assert "var(--c8, #4d4d4d)" in svg  # of the eighth label
 
 
-def test_the_worst_of_many_clients_has_a_bar_of_its_own(make_run: MakeRun) -> None:
-    lines = _records(make_run)
+def test_the_worst_of_many_clients_has_a_bar_of_its_own(make_run: MakeRun, lines: Lines) -> None:
     federated = next(line for line in lines if line["kind"] == "federated_score")
     values = [0.25 + k / 2048 for k in range(1003)]
     told = {"metric": "accuracy", "loss": 0.5, "num_examples": 3, "per_class": {}}
@@ -385,8 +378,8 @@ def test_labels_of_one_place_are_stacked() -> None:
     assert len({round(label.get_window_extent().x0) for label in labels}) == 1
 
 
-def test_a_count_of_one_has_a_singular(make_run: MakeRun) -> None:
-    run = load_run(short_run(make_run, rounds=1, best=1, scores=(0.5, 0.6), dev=0.5))
+def test_a_count_of_one_has_a_singular(make_run: MakeRun, lines: Lines) -> None:
+    run = load_run(short_run(make_run, lines, rounds=1, best=1, scores=(0.5, 0.6), dev=0.5))
 
     captions = " ".join(drawn.caption for drawn in draw_figures(run))
 

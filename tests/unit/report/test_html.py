@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +15,7 @@ from fedzo.report.html import write_report
 from fedzo.report.style import _CSS_NAMES
 
 MakeRun = Callable[..., Path]
+Lines = list[dict[str, Any]]
 
 
 def contrast(one: str, other: str) -> float:
@@ -48,8 +49,9 @@ def test_the_numbers_of_the_page_are_those_of_the_metrics(make_run: MakeRun) -> 
     assert re.search(r"client 2 without a usable reply</th><td>1 round</td>", text)
 
 
-def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_client(make_run: MakeRun) -> None:
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_client(
+    make_run: MakeRun, lines: Lines
+) -> None:
     verdicts = [
         {"client": k, "flagged": k == 2, "steps": 1 if k == 2 else 8, "statistics": {"level": 1.0}} for k in range(3)
     ]
@@ -79,9 +81,8 @@ def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_cl
     ],
 )
 def test_rows_of_a_class_are_counted_for_each_score_of_clients(
-    make_run: MakeRun, early: dict[str, list[int]], cells: list[str]
+    make_run: MakeRun, early: dict[str, list[int]], cells: list[str], lines: Lines
 ) -> None:
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
     (scored,) = (line for line in lines if line["kind"] == "federated_score")
     scored |= {"num_examples": 102, "per_class": {"0": [49, 100]}}
     lines.insert(0, {**scored, "round": 5, "seconds": 11.0, "per_class": early})
@@ -118,9 +119,8 @@ def test_in_the_dark_words_and_lines_of_figures_have_contrast(make_run: MakeRun)
 
 @pytest.mark.parametrize(("fallback", "text"), [(False, "1, 2"), (True, "1, 2 (too many: none stopped)")])
 def test_clients_that_were_too_many_to_be_stopped_are_not_shown_as_stopped(
-    make_run: MakeRun, fallback: bool, text: str
+    make_run: MakeRun, fallback: bool, text: str, lines: Lines
 ) -> None:
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
     verdicts = [{"client": k, "flagged": k > 0, "steps": 4, "statistics": {}} for k in range(3)]
     told = {"kind": "step_policy", "seconds": 7.0, "round": 1, "windows": None, "clients": verdicts}
 
@@ -129,8 +129,7 @@ def test_clients_that_were_too_many_to_be_stopped_are_not_shown_as_stopped(
     assert f"<th>flagged clients</th><td>{text}</td>" in page
 
 
-def test_the_page_says_how_long_the_trainer_was_prepared_where_the_run_does(make_run: MakeRun) -> None:
-    lines = [json.loads(line) for line in (make_run("old") / "metrics.jsonl").read_text().splitlines()]
+def test_the_page_says_how_long_the_trainer_was_prepared_where_the_run_does(make_run: MakeRun, lines: Lines) -> None:
     lines[0] |= {"prepare_seconds": 4.5}
 
     assert "to prepare the trainer" not in write_report(make_run("older")).read_text()
@@ -139,8 +138,7 @@ def test_the_page_says_how_long_the_trainer_was_prepared_where_the_run_does(make
 
 
 @pytest.mark.parametrize(("products", "told"), [("", "bfloat16"), ("float32 with TF32 products",) * 2])
-def test_the_page_says_in_what_the_server_computed(make_run: MakeRun, products: str, told: str) -> None:
-    lines = [json.loads(line) for line in (make_run("old") / "metrics.jsonl").read_text().splitlines()]
+def test_the_page_says_in_what_the_server_computed(make_run: MakeRun, products: str, told: str, lines: Lines) -> None:
     lines[0] |= {"forwards": {"dtype": "bfloat16", "products": products, "tokens_per_batch": 4096}}
 
     assert "forwards at the server" not in write_report(make_run("older")).read_text()
@@ -148,8 +146,7 @@ def test_the_page_says_in_what_the_server_computed(make_run: MakeRun, products: 
     assert f"<th>forwards at the server</th><td>{told}, up to 4,096 tokens at once</td>" in page
 
 
-def test_the_page_says_how_many_clients_told_their_scores(make_run: MakeRun) -> None:
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+def test_the_page_says_how_many_clients_told_their_scores(make_run: MakeRun, lines: Lines) -> None:
     assert "reported by" not in write_report(make_run("all", lines=lines)).read_text()
     (scored,) = (line for line in lines if line["kind"] == "federated_score")
     scored["clients"] = scored["clients"][:2]
@@ -168,8 +165,7 @@ def test_the_page_says_how_many_clients_told_their_scores(make_run: MakeRun) -> 
     assert "Accuracy per client" not in none
 
 
-def test_test_rows_are_spoken_of_where_there_are_any(make_run: MakeRun) -> None:
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+def test_test_rows_are_spoken_of_where_there_are_any(make_run: MakeRun, lines: Lines) -> None:
     assert "once before training and once at the best round." in write_report(make_run("with")).read_text()
     no_dev = [line for line in lines if line.get("split") != "dev"]
     assert (
@@ -181,9 +177,8 @@ def test_test_rows_are_spoken_of_where_there_are_any(make_run: MakeRun) -> None:
     assert "The test rows were scored" not in write_report(make_run("without", lines=lines)).read_text()
 
 
-def test_without_test_rows_the_page_shows_the_dev_score_of_the_best_round(make_run: MakeRun) -> None:
+def test_without_test_rows_the_page_shows_the_dev_score_of_the_best_round(make_run: MakeRun, lines: Lines) -> None:
     """Also of a folder whose summary does not have it."""
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line.get("split") != "test"]
     dev = next(line for line in lines if line.get("split") == "dev")
     best = {"round": 6, "seconds": 12.0, "value": 0.8, "loss": 0.125, "auc": None, "best_threshold_accuracy": None}
@@ -236,8 +231,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_the_page_tells_how_far_apart_the_clients_of_a_round_are(make_run: MakeRun) -> None:
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+def test_the_page_tells_how_far_apart_the_clients_of_a_round_are(make_run: MakeRun, lines: Lines) -> None:
     rounds = [line for line in lines if line["kind"] == "round"]
     for number, line in enumerate(rounds):
         losses = ([0.5, 0.9, 0.7], [0.4, None, None], [0.6, 0.7, 0.65])[number % 3]
@@ -250,11 +244,9 @@ def test_the_page_tells_how_far_apart_the_clients_of_a_round_are(make_run: MakeR
 
 
 def test_the_messages_of_the_page_are_those_of_the_summary_also_where_clients_are_scored_every_round(
-    make_run: MakeRun,
+    make_run: MakeRun, lines: Lines
 ) -> None:
-    *before, scored, after, summary = (
-        json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()
-    )
+    *before, scored, after, summary = lines
     scores = [{**scored, "round": done, "seconds": 6.0 + done} for done in range(1, 11)]
     shared = [{**score, "evaluator": "second", "message_up_bytes": 0, "message_down_bytes": 0} for score in scores]
     summary |= {"message_up_bytes": 10 * (240 + 300), "message_down_bytes": 10 * (900 + 900)}
@@ -267,8 +259,7 @@ def test_the_messages_of_the_page_are_those_of_the_summary_also_where_clients_ar
     assert f"messages up {up}" in text  # of the figure
 
 
-def test_beside_the_score_of_a_client_stands_how_many_of_its_rows_were_scored(make_run: MakeRun) -> None:
-    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+def test_beside_the_score_of_a_client_stands_how_many_of_its_rows_were_scored(make_run: MakeRun, lines: Lines) -> None:
     (scored,) = (line for line in lines if line["kind"] == "federated_score")
     scored["clients"] = [{**client, "num_examples": 1} for client in scored["clients"][:2]]
 

@@ -45,10 +45,6 @@ def many(one: dict[str, Any], number: int) -> Records:
     return [{**one, "client": k, "signals": dict(one["signals"])} for k in range(number)]
 
 
-def whole(make_run: MakeRun) -> Records:
-    return [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
-
-
 def figure_of(folder: Path) -> tuple[Figure, str]:
     (picture,) = (picture for picture in draw_figures(load_run(folder)) if picture.name == "local_steps")
     return picture.figure, picture.caption
@@ -77,9 +73,9 @@ def test_the_figures_of_local_steps_read_the_file_once(make_run: MakeRun, monkey
     assert len(readings) == 1
 
 
-def test_each_panel_holds_its_clients_steps_most_one_sided_first(make_run: MakeRun) -> None:
+def test_each_panel_holds_its_clients_steps_most_one_sided_first(make_run: MakeRun, lines: Records) -> None:
     # 2 is stopped early from round 1 on; round 0 has three steps, the others two
-    records = with_signals(whole(make_run), lambda k, r: 3 if r == 0 else 1 if k == 2 else 2)
+    records = with_signals(lines, lambda k, r: 3 if r == 0 else 1 if k == 2 else 2)
     figure, caption = figure_of(make_run("run", lines=records))
 
     found = panels(figure)
@@ -101,8 +97,8 @@ def test_each_panel_holds_its_clients_steps_most_one_sided_first(make_run: MakeR
     assert "GradIP is g times a number" in caption
 
 
-def test_colours_go_from_even_to_one_sided(make_run: MakeRun) -> None:
-    figure, _ = figure_of(make_run("run", lines=with_signals(whole(make_run), lambda k, r: 2)))
+def test_colours_go_from_even_to_one_sided(make_run: MakeRun, lines: Records) -> None:
+    figure, _ = figure_of(make_run("run", lines=with_signals(lines, lambda k, r: 2)))
 
     colour = {name: axes.lines[0].get_color() for name, axes in panels(figure).items()}
     hexes = {name: "#" + "".join(f"{round(255 * part):02x}" for part in rgba[:3]) for name, rgba in colour.items()}
@@ -111,8 +107,10 @@ def test_colours_go_from_even_to_one_sided(make_run: MakeRun) -> None:
     assert bar.get_xlabel() == "share of the client's commonest label"
 
 
-def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps_are_shaded(make_run: MakeRun) -> None:
-    records = with_signals(whole(make_run), lambda k, r: 100 if r == 0 else 1 if k == 2 else 5)
+def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps_are_shaded(
+    make_run: MakeRun, lines: Records
+) -> None:
+    records = with_signals(lines, lambda k, r: 100 if r == 0 else 1 if k == 2 else 5)
     older = {
         "kind": "step_policy",
         "seconds": 7.0,
@@ -157,14 +155,14 @@ def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps
 
 
 def test_of_many_clients_the_flagged_are_drawn_and_a_sequential_decision_has_its_place_in_time(
-    make_run: MakeRun,
+    make_run: MakeRun, lines: Records
 ) -> None:
-    records, number = whole(make_run), 2 * MAX_PANELS
-    one = records[0]["clients"][0]
-    records[0]["clients"] = [{**one, "client": k, "label_counts": {"0": 50 + k, "1": 50 - k}} for k in range(number)]
-    for record in (record for record in records if record["kind"] == "round"):
+    number = 2 * MAX_PANELS
+    one = lines[0]["clients"][0]
+    lines[0]["clients"] = [{**one, "client": k, "label_counts": {"0": 50 + k, "1": 50 - k}} for k in range(number)]
+    for record in (record for record in lines if record["kind"] == "round"):
         record["clients"] = many(record["clients"][0], number)
-    records = with_signals(records, lambda k, r: 2)
+    lines = with_signals(lines, lambda k, r: 2)
 
     def told(round_: int, flagged: set[int]) -> dict[str, Any]:
         clients = [
@@ -173,7 +171,7 @@ def test_of_many_clients_the_flagged_are_drawn_and_a_sequential_decision_has_its
         told = {"kind": "step_policy", "seconds": 7.0, "round": round_, "windows": None}
         return {**told, "fallback": False, "clients": clients}
 
-    figure, caption = figure_of(make_run("run", lines=[*records, told(0, set()), told(3, {2}), told(7, {2, 5})]))
+    figure, caption = figure_of(make_run("run", lines=[*lines, told(0, set()), told(3, {2}), told(7, {2, 5})]))
 
     found = panels(figure)
     assert len(found) == MAX_PANELS
@@ -184,8 +182,8 @@ def test_of_many_clients_the_flagged_are_drawn_and_a_sequential_decision_has_its
     assert "Flagged (framed, from the dashed line on): 2, 5." in caption
 
 
-def test_the_losses_have_panels_of_their_own(make_run: MakeRun) -> None:
-    records = with_signals(whole(make_run), lambda k, r: 1)
+def test_the_losses_have_panels_of_their_own(make_run: MakeRun, lines: Records) -> None:
+    records = with_signals(lines, lambda k, r: 1)
     assert "local_losses" not in [picture.name for picture in draw_figures(load_run(make_run("lost", lines=records)))]
     for record in (record for record in records if record["kind"] == "round"):
         for client in record["clients"]:
@@ -196,22 +194,21 @@ def test_the_losses_have_panels_of_their_own(make_run: MakeRun) -> None:
     assert line(drawn, 0) == pytest.approx({r: 1 + r / 100 for r in range(10)})
 
 
-def test_without_a_gradient_the_thin_line_is_g_itself(make_run: MakeRun) -> None:
-    figure, caption = figure_of(make_run("run", lines=with_signals(whole(make_run), lambda k, r: 1, grad_ip=False)))
+def test_without_a_gradient_the_thin_line_is_g_itself(make_run: MakeRun, lines: Records) -> None:
+    figure, caption = figure_of(make_run("run", lines=with_signals(lines, lambda k, r: 1, grad_ip=False)))
 
     assert line(panels(figure)["client 0"], 0) == {r: pytest.approx(r) for r in range(10)}
     assert "GradIP" not in caption + "".join(text.get_text() for text in figure.legends[0].get_texts())
 
 
-def test_many_clients_and_steps_stay_small_and_the_panel_of_all_is_kept(make_run: MakeRun) -> None:
-    records = whole(make_run)
-    one = records[0]["clients"][1]
-    records[0]["clients"] = [
+def test_many_clients_and_steps_stay_small_and_the_panel_of_all_is_kept(make_run: MakeRun, lines: Records) -> None:
+    one = lines[0]["clients"][1]
+    lines[0]["clients"] = [
         {**one, "client": k, "label_counts": {"0": 50 + k, "1": 50 - k}} for k in range(2 * MAX_PANELS)
     ]
-    for record in (record for record in records if record["kind"] == "round"):
+    for record in (record for record in lines if record["kind"] == "round"):
         record["clients"] = many(record["clients"][0], 2 * MAX_PANELS)
-    folder = make_run("run", lines=with_signals(records, lambda k, r: 100))
+    folder = make_run("run", lines=with_signals(lines, lambda k, r: 100))
     figure, caption = figure_of(folder)
 
     found = panels(figure)
@@ -227,9 +224,11 @@ def test_many_clients_and_steps_stay_small_and_the_panel_of_all_is_kept(make_run
     assert "abs_g" in [picture.name for picture in draw_figures(load_run(folder))]
 
 
-def test_the_lines_of_all_panels_are_means_of_equally_many_steps_and_the_legend_says_so(make_run: MakeRun) -> None:
+def test_the_lines_of_all_panels_are_means_of_equally_many_steps_and_the_legend_says_so(
+    make_run: MakeRun, lines: Records
+) -> None:
     """|g| goes 0, 2, 0, 2, ...; client 1 is stopped early and takes 120 of the 300 steps."""
-    records = with_signals(whole(make_run), lambda k, r: 102 if r == 0 else 2 if k == 1 else 22, grad_ip=False)
+    records = with_signals(lines, lambda k, r: 102 if r == 0 else 2 if k == 1 else 22, grad_ip=False)
     for record in (record for record in records if record["kind"] == "round"):
         for client in record["clients"]:
             client["signals"]["abs_g"] = client["signals"]["loss"] = [0.0, 2.0] * (client["steps"] // 2)
@@ -260,8 +259,8 @@ def test_a_client_whose_steps_lie_in_one_block_is_seen() -> None:
     assert [(drawn.get_marker(), list(drawn.get_ydata())) for drawn in axes.lines] == [("o", [2.0]), ("o", [2.0])]
 
 
-def test_a_class_name_stays_text_and_within_its_panel(make_run: MakeRun) -> None:
-    records = with_signals(whole(make_run), lambda k, r: 1)
+def test_a_class_name_stays_text_and_within_its_panel(make_run: MakeRun, lines: Records) -> None:
+    records = with_signals(lines, lambda k, r: 1)
     for client in records[0]["clients"]:
         client["label_counts"] = {"<b>a very long name of a $class$": 5, "x": 1}
     figure, _ = figure_of(make_run("run", lines=records))
@@ -293,9 +292,10 @@ def test_a_selection_that_is_none_is_refused(make_run: MakeRun, record: dict[str
         ({"grad_ip": [1.0, 2.0]}, r"clients\[1\]\.signals must hold as many numbers in grad_ip, abs_g"),
     ],
 )
-def test_signals_that_are_no_numbers_are_refused(make_run: MakeRun, signals: dict[str, Any], message: str) -> None:
-    records = whole(make_run)
-    next(record for record in records if record["kind"] == "round")["clients"][1]["signals"] |= signals
+def test_signals_that_are_no_numbers_are_refused(
+    make_run: MakeRun, signals: dict[str, Any], message: str, lines: Records
+) -> None:
+    next(record for record in lines if record["kind"] == "round")["clients"][1]["signals"] |= signals
 
     with pytest.raises(RunFolderError, match=message):
-        load_run(make_run("run", lines=records))
+        load_run(make_run("run", lines=lines))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from fedzo.report.html import write_report
 from fedzo.report.run_data import load_run
 
 MakeRun = Callable[..., Path]
+Lines = list[dict[str, Any]]
 
 
 def round_line(number: int, **changes: object) -> dict[str, object]:
@@ -188,8 +190,7 @@ def test_signals_of_single_steps_are_read_by_who_draws_them_and_not_kept(make_ru
         assert read == [(number, found) for number in range(10)]
 
 
-def test_signals_of_a_round_written_twice_are_those_of_the_later(make_run: MakeRun) -> None:
-    lines = [json.loads(line) for line in (make_run("once") / "metrics.jsonl").read_text().splitlines()]
+def test_signals_of_a_round_written_twice_are_those_of_the_later(make_run: MakeRun, lines: Lines) -> None:
     again = json.loads(json.dumps(next(line for line in lines if line["kind"] == "round")))
     again["clients"][0]["signals"]["abs_g"] = [0.25]
     run = load_run(make_run("twice", lines=[*lines, again]))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from fedzo.errors import RunFolderError
 from fedzo.records.metrics import (
     Flagged,
     FlaggedClient,
@@ -20,23 +16,17 @@ from fedzo.records.metrics import (
     Round,
     Setup,
     Summary,
-    decode_metric,
 )
 from fedzo.report.sinks import ProgressSink, ending, phase
 
-MakeRun = Callable[..., Path]
-
-
-def records(folder: Path) -> list[MetricRecord]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [decode_metric(json.loads(line), where="metrics", error=RunFolderError) for line in lines]
+Records = list[MetricRecord]
 
 
 def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+    records: Records, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sink = ProgressSink(10, evaluator="answers")
-    for record in records(make_run()):
+    for record in records:
         sink.write(record)
     sink.close()
 
@@ -55,10 +45,10 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
 
 @pytest.mark.parametrize(("has_dev", "words"), [(False, "after round 10 of 10"), (True, "best dev round 10 of 10")])
 def test_no_dev_round_is_spoken_of_where_no_dev_score_chose_one(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str], has_dev: bool, words: str
+    records: Records, capsys: pytest.CaptureFixture[str], has_dev: bool, words: str
 ) -> None:
     """The summary alone says so: scores may be another evaluator's, or from before the run was resumed."""
-    *before, summary = records(make_run())
+    *before, summary = records
     assert isinstance(summary, Summary)
     sink = ProgressSink(10, evaluator="answers")
     for record in [*([] if has_dev else before), summary if has_dev else replace(summary, dev=None)]:
@@ -68,8 +58,8 @@ def test_no_dev_round_is_spoken_of_where_no_dev_score_chose_one(
     assert f"test, before -> after ({words}):" in capsys.readouterr().out
 
 
-def test_a_run_that_trains_all_weights_says_100_percent(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
-    setup = records(make_run())[0]
+def test_a_run_that_trains_all_weights_says_100_percent(records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = records[0]
     assert isinstance(setup, Setup)
     sink = ProgressSink(10)
     sink.write(replace(setup, space_size=setup.num_params))
@@ -79,12 +69,12 @@ def test_a_run_that_trains_all_weights_says_100_percent(make_run: MakeRun, capsy
 
 
 def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_left(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    records: Records, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the others all time counts, also that of the model's update and of scores, which are no part of a round."""
     monkeypatch.setattr("fedzo.report.sinks.PLAIN_EVERY_S", -1.0)
     sink = ProgressSink(10)
-    first, second, *_ = (line for line in records(make_run()) if isinstance(line, Round))
+    first, second, *_ = (line for line in records if isinstance(line, Round))
     for line in (
         replace(first, seconds=1000.0),
         replace(second, calibration=True, seconds=2000.0),
@@ -116,9 +106,9 @@ def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_lef
     ],
 )
 def test_a_run_without_test_and_dev_rows_ends_with_its_worst_client_whom_it_flagged_and_bytes(
-    make_run: MakeRun, step_policy: Flagged, words: str
+    records: Records, step_policy: Flagged, words: str
 ) -> None:
-    summary = records(make_run())[-1]
+    summary = records[-1]
     assert isinstance(summary, Summary)
 
     unscored = replace(summary, before=None, after=None, dev=None)
@@ -133,8 +123,8 @@ def test_a_run_without_test_and_dev_rows_ends_with_its_worst_client_whom_it_flag
     assert words in lines[2]
 
 
-def test_a_run_without_test_rows_ends_with_the_dev_score_of_its_best_round(make_run: MakeRun) -> None:
-    summary = records(make_run())[-1]
+def test_a_run_without_test_rows_ends_with_the_dev_score_of_its_best_round(records: Records) -> None:
+    summary = records[-1]
     assert isinstance(summary, Summary)
     assert summary.dev is not None
     best = replace(summary.dev, round=4, value=0.875, loss=0.125)
@@ -147,8 +137,8 @@ def test_a_run_without_test_rows_ends_with_the_dev_score_of_its_best_round(make_
     assert [line.split()[0] for line in lossless[1:3]] == ["accuracy", "worst"]
 
 
-def test_the_rows_of_the_worst_client_are_counted_where_the_run_tells_them(make_run: MakeRun) -> None:
-    summary = records(make_run())[-1]
+def test_the_rows_of_the_worst_client_are_counted_where_the_run_tells_them(records: Records) -> None:
+    summary = records[-1]
     assert isinstance(summary, Summary)
     assert summary.worst_client is not None
 
@@ -157,8 +147,8 @@ def test_the_rows_of_the_worst_client_are_counted_where_the_run_tells_them(make_
     assert any("0.500 (client 0, on 13 own rows after round 10)" in line for line in lines)
 
 
-def test_a_run_ends_with_what_its_evaluator_reports_beside_the_value(make_run: MakeRun) -> None:
-    summary = records(make_run())[-1]
+def test_a_run_ends_with_what_its_evaluator_reports_beside_the_value(records: Records) -> None:
+    summary = records[-1]
     assert isinstance(summary, Summary)
     assert summary.before is not None
     assert summary.after is not None
@@ -171,9 +161,9 @@ def test_a_run_ends_with_what_its_evaluator_reports_beside_the_value(make_run: M
     assert not any("later" in line for line in lines)  # with nothing before to compare it with
 
 
-def test_progress_that_is_switched_off_is_silent(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_that_is_switched_off_is_silent(records: Records, capsys: pytest.CaptureFixture[str]) -> None:
     sink = ProgressSink(10, enabled=False)
-    for record in records(make_run()):
+    for record in records:
         sink.write(record)
     with sink.phase("scoring", 3) as advance:
         advance(1, 3)
@@ -193,7 +183,7 @@ def test_a_replay_that_takes_long_is_told_and_one_of_nothing_is_not(capsys: pyte
 
 
 def test_a_terminal_that_cannot_draw_is_told_of_rounds_by_plain_lines(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Emacs' shell is."""
     terminal = io.StringIO()
@@ -204,7 +194,7 @@ def test_a_terminal_that_cannot_draw_is_told_of_rounds_by_plain_lines(
     sink = ProgressSink(10)
     with sink.round():
         pass
-    sink.write(next(line for line in records(make_run()) if isinstance(line, Round)))
+    sink.write(next(line for line in records if isinstance(line, Round)))
     shown = terminal.getvalue()
     sink.close()
 

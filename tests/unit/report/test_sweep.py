@@ -22,6 +22,7 @@ from fedzo.report.sweep import unfinished_jobs, write_comparison, write_sweep_re
 from fedzo.report.sweep_figures import draw_sweep
 
 MakeRun = Callable[..., Path]
+Lines = list[dict[str, Any]]
 
 
 def test_the_table_has_a_row_a_job_with_what_varies(make_run: MakeRun, tmp_path: Path) -> None:
@@ -76,8 +77,7 @@ def test_a_job_that_failed_is_told_with_its_reason_and_its_own_settings(make_run
     assert unfinished_jobs(tmp_path) == ["refused/deep"]
 
 
-def test_a_sweep_without_test_rows_is_judged_by_its_dev_rows(make_run: MakeRun, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (make_run("other/whole") / "metrics.jsonl").read_text().splitlines()]
+def test_a_sweep_without_test_rows_is_judged_by_its_dev_rows(make_run: MakeRun, tmp_path: Path, lines: Lines) -> None:
     lines = [line for line in lines if line.get("split") != "test"]
     lines[-1] |= {"before": None, "after": None}
     for lr, up in (("0.1", 12), ("0.2", 1_200)):
@@ -95,13 +95,13 @@ def test_a_sweep_without_test_rows_is_judged_by_its_dev_rows(make_run: MakeRun, 
     assert "Dev score against bytes of a client" in text
 
 
-def test_runs_that_were_started_one_by_one_are_compared_by_what_differs(make_run: MakeRun, tmp_path: Path) -> None:
-    runs = [make_run("here/first", trainer="meerkat"), make_run("there/second", trainer="mezo")]
-    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+def test_runs_that_were_started_one_by_one_are_compared_by_what_differs(
+    make_run: MakeRun, tmp_path: Path, lines: Lines
+) -> None:
     for line in lines:
         if line.get("split") == "dev" and line["round"] == 10:
             line["loss"] = 0.2
-    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = [make_run("here/first", trainer="meerkat"), make_run("there/second", trainer="mezo", lines=lines)]
 
     page = write_comparison(runs, tmp_path / "both")
 
@@ -205,11 +205,9 @@ def test_dev_losses_of_another_kind_or_of_other_rows_have_no_lowest(
     assert "Test score of every job" in page
 
 
-def test_dev_losses_of_other_numbers_of_rows_have_no_lowest(make_run: MakeRun, tmp_path: Path) -> None:
-    runs = [make_run("first", trainer="meerkat"), make_run("second", trainer="mezo")]
-    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+def test_dev_losses_of_other_numbers_of_rows_have_no_lowest(make_run: MakeRun, tmp_path: Path, lines: Lines) -> None:
     lines = [{**line, "num_examples": 201} if line.get("split") == "dev" else line for line in lines]
-    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = [make_run("first", trainer="meerkat"), make_run("second", trainer="mezo", lines=lines)]
 
     assert "Lowest dev loss" not in write_comparison(runs, tmp_path / "both").read_text()
 
@@ -446,12 +444,12 @@ def test_dev_values_without_a_loss_are_ordered_on_the_same_rows_only(make_run: M
     assert "The dev values may be of different rows or kinds: none is named the best." in page
 
 
-def test_the_plain_numbers_tell_what_a_run_cost_and_what_its_test_rows_gave(make_run: MakeRun, tmp_path: Path) -> None:
-    job = make_run("new", trainer="meerkat")
-    lines = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+def test_the_plain_numbers_tell_what_a_run_cost_and_what_its_test_rows_gave(
+    make_run: MakeRun, tmp_path: Path, lines: Lines
+) -> None:
     lines[0] |= {"forwards_per_step": 2, "prepare_seconds": 4.5}
     lines[-1] |= {"wire_up_bytes": 5_000, "wire_down_bytes": 20_000}
-    (job / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_run("new", trainer="meerkat", lines=lines)
     make_run("old", trainer="mezo")
 
     write_sweep_report(tmp_path)
@@ -499,8 +497,10 @@ def test_clients_that_were_too_many_to_be_stopped_are_not_shown_as_stopped(
     assert [row["flagged"], row["fallback"]] == numbers
 
 
-def test_a_number_that_an_evaluator_reports_beside_its_value_has_a_column(make_run: MakeRun, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (make_run("0", trainer="lora") / "metrics.jsonl").read_text().splitlines()]
+def test_a_number_that_an_evaluator_reports_beside_its_value_has_a_column(
+    make_run: MakeRun, tmp_path: Path, lines: Lines
+) -> None:
+    make_run("0", trainer="lora")
     for line in lines:
         if line.get("split") == "test":
             line["numbers"] = {"exact_match": line["round"] / 20}
@@ -515,8 +515,10 @@ def test_a_number_that_an_evaluator_reports_beside_its_value_has_a_column(make_r
     assert [row[-1] for row in rows[1:]] == ["", "0.5", "failed"]
 
 
-def test_a_number_with_the_name_of_a_column_stands_there_if_it_is_empty(make_run: MakeRun, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (make_run("0", trainer="lora") / "metrics.jsonl").read_text().splitlines()]
+def test_a_number_with_the_name_of_a_column_stands_there_if_it_is_empty(
+    make_run: MakeRun, tmp_path: Path, lines: Lines
+) -> None:
+    make_run("0", trainer="lora")
     for line in lines:
         if line.get("split") == "test":
             line |= {"auc": None, "numbers": {"auc": 0.25, "before": 0.125, "shots": 4.0}}
@@ -533,10 +535,11 @@ def test_a_number_with_the_name_of_a_column_stands_there_if_it_is_empty(make_run
     assert [other[name] for name in names] == ["0.555", "0.25", "4.0"]
 
 
-def test_jobs_that_chose_among_different_numbers_of_rounds_are_named(make_run: MakeRun, tmp_path: Path) -> None:
+def test_jobs_that_chose_among_different_numbers_of_rounds_are_named(
+    make_run: MakeRun, tmp_path: Path, lines: Lines
+) -> None:
     runs = [make_run("first", trainer="meerkat"), make_run("second", trainer="mezo")]
     same = write_comparison(runs, tmp_path / "same").read_text()
-    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
     once_more = next(line for line in lines if line.get("split") == "dev") | {"round": 5}
     (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [once_more, *lines]))
 
@@ -547,9 +550,8 @@ def test_jobs_that_chose_among_different_numbers_of_rounds_are_named(make_run: M
     assert told in page
 
 
-def test_bytes_are_those_of_a_client_both_ways_with_its_set_up(make_run: MakeRun, tmp_path: Path) -> None:
+def test_bytes_are_those_of_a_client_both_ways_with_its_set_up(make_run: MakeRun, tmp_path: Path, lines: Lines) -> None:
     """A pool costs bytes down and not up, and twice as many clients send twice as much in all."""
-    lines = [json.loads(line) for line in (make_run("other/whole") / "metrics.jsonl").read_text().splitlines()]
     jobs = tmp_path / "jobs"
     for num_clients, along, up, down in ((3, "shared", 12, 12), (3, "pool", 12, 96), (6, "shared", 24, 24)):
         for line in lines:
@@ -570,9 +572,9 @@ def test_bytes_are_those_of_a_client_both_ways_with_its_set_up(make_run: MakeRun
 
 
 def test_what_is_to_be_subtracted_and_every_other_evaluator_are_in_the_plain_numbers(
-    make_run: MakeRun, tmp_path: Path
+    make_run: MakeRun, tmp_path: Path, lines: Lines
 ) -> None:
-    lines = [json.loads(line) for line in (make_run("0", trainer="lora") / "metrics.jsonl").read_text().splitlines()]
+    make_run("0", trainer="lora")
     scores = [line for line in lines if line.get("split") == "test"]
     lines += [{**line, "evaluator": "nats", "metric": "nats", "value": 4.0 - line["round"] / 4} for line in scores]
     make_run("1", trainer="meerkat", lines=lines)
@@ -590,8 +592,7 @@ def test_what_is_to_be_subtracted_and_every_other_evaluator_are_in_the_plain_num
     assert (own["test_nats"], both["test_nats"]) == ("", "1.5")
 
 
-def test_seeds_without_test_rows_are_not_compared_by_them(make_run: MakeRun, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (make_run("other/whole") / "metrics.jsonl").read_text().splitlines()]
+def test_seeds_without_test_rows_are_not_compared_by_them(make_run: MakeRun, tmp_path: Path, lines: Lines) -> None:
     lines = [line for line in lines if line.get("split") != "test"]
     lines[-1] |= {"before": None, "after": None}
     for lr, seed in (("0.1", "0"), ("0.1", "1"), ("0.2", "0"), ("0.2", "1")):
@@ -633,9 +634,8 @@ def test_jobs_that_were_computed_with_something_else_are_told(
 
 @pytest.mark.parametrize(("dtype", "differ"), [("auto", ["dtype (of model.dtype=auto)"]), ("bfloat16", [])])
 def test_jobs_whose_dtype_was_chosen_otherwise_are_told(
-    make_run: MakeRun, tmp_path: Path, dtype: str, differ: list[str]
+    make_run: MakeRun, tmp_path: Path, dtype: str, differ: list[str], lines: Lines
 ) -> None:
-    lines = [json.loads(line) for line in (make_run("other/whole") / "metrics.jsonl").read_text().splitlines()]
     for trainer, chosen in (("meerkat", "float32"), ("mezo", "bfloat16")):
         lines[0]["forwards"] = {"dtype": chosen, "products": "", "tokens_per_batch": 4096}
         make_run(f"jobs/{trainer}", lines=lines, trainer=trainer, model__dtype=dtype)

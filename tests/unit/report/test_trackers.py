@@ -20,12 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from wandb.proto.wandb_internal_pb2 import Record
 
-from fedzo.errors import RunFolderError
-from fedzo.records.metrics import CentralScore, MetricRecord, Round, Summary, decode_metric
+from fedzo.records.metrics import CentralScore, MetricRecord, Round, Summary
 from fedzo.report.trackers import TRACKERS, TrackerSink, missing_libraries
 from fedzo.report.trackers.base import flat, numbers_of
 
 MakeRun = Callable[..., Path]
+Records = list[MetricRecord]
 Points = dict[str, list[tuple[int, float]]]
 SETTINGS = {"fl": {"rounds": 10, "label_counts": False}, "trainer": {"plugin": "meerkat", "lr": 0.5}, "faults": ["a"]}
 NAMES = ("tensorboard", "wandb", "mlflow")
@@ -53,11 +53,6 @@ def folder(make_run: MakeRun, request: pytest.FixtureRequest) -> Path:
         (made / "mlflow").mkdir()
         shutil.copy(request.getfixturevalue("database"), made / "mlflow")
     return made
-
-
-def records(folder: Path) -> list[MetricRecord]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [decode_metric(json.loads(line), where="metrics", error=RunFolderError) for line in lines]
 
 
 def opened(name: str, folder: Path, *, completed: int = 0, told: list[MetricRecord] | None = None) -> TrackerSink:
@@ -171,9 +166,9 @@ def close_to(points: Points) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_tracker_reads_back_what_a_run_measured_and_its_settings(name: str, folder: Path) -> None:
+def test_a_tracker_reads_back_what_a_run_measured_and_its_settings(name: str, folder: Path, records: Records) -> None:
     sink = opened(name, folder)
-    for record in records(folder):
+    for record in records:
         sink.write(record)
     sink.close()
 
@@ -193,13 +188,12 @@ def test_a_tracker_reads_back_what_a_run_measured_and_its_settings(name: str, fo
 @pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_goes_on_in_the_same_run_with_no_step_twice_or_missing(
-    name: str, killed: bool, folder: Path
+    name: str, killed: bool, folder: Path, records: Records
 ) -> None:
     """Stopped after 6 rounds, of which the tracker did not get the last; a kill leaves a round that is done again."""
-    told = records(folder)
-    rounds = [record for record in told if isinstance(record, Round)]
+    rounds = [record for record in records if isinstance(record, Round)]
     sink = opened(name, folder)
-    for record in (*told[: told.index(rounds[5])], *([rounds[5], rounds[6]] if killed else [])):
+    for record in (*records[: records.index(rounds[5])], *([rounds[5], rounds[6]] if killed else [])):
         sink.write(record)
     if not killed:
         sink.close()
@@ -210,9 +204,9 @@ def test_a_resumed_run_goes_on_in_the_same_run_with_no_step_twice_or_missing(
 
     if name == "wandb":
         wandb_files(folder)  # this very process must have let go of it
-    before = told[: told.index(rounds[6])]
+    before = records[: records.index(rounds[6])]
     sink = opened(name, folder, completed=6, told=before)
-    for record in told[len(before) :]:
+    for record in records[len(before) :]:
         sink.write(record)
     sink.close()
 
@@ -224,14 +218,14 @@ def test_a_resumed_run_goes_on_in_the_same_run_with_no_step_twice_or_missing(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(
-    name: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, records: Records
 ) -> None:
     folder = make_run()
     (folder / name).write_text("in the way of the tracker's folder")
 
     with caplog.at_level(logging.WARNING):
         sink = opened(name, folder)
-        for record in records(folder):
+        for record in records:
             sink.write(record)
         sink.close()
 
@@ -277,8 +271,8 @@ def test_a_link_to_another_database_ends_the_tracker_and_leaves_it_alone(
     assert "mlflow.db: it must lie in its folder itself" in caplog.text
 
 
-def test_the_loss_of_a_calibration_is_no_training_loss(make_run: MakeRun) -> None:
-    training = next(record for record in records(make_run()) if isinstance(record, Round))
+def test_the_loss_of_a_calibration_is_no_training_loss(records: Records) -> None:
+    training = next(record for record in records if isinstance(record, Round))
     step, numbers = numbers_of(replace(training, calibration=True))
 
     assert (step, numbers["calibration/loss"], numbers["calibration/mean_abs_g"]) == (1, 0.8, 10.0)
@@ -288,8 +282,8 @@ def test_the_loss_of_a_calibration_is_no_training_loss(make_run: MakeRun) -> Non
     assert numbers.keys() - of_training.keys() == {"calibration/loss", "calibration/mean_abs_g"}
 
 
-def test_a_run_s_dev_score_is_that_of_its_best_round_and_older_runs_have_none(make_run: MakeRun) -> None:
-    summary = records(make_run())[-1]
+def test_a_run_s_dev_score_is_that_of_its_best_round_and_older_runs_have_none(records: Records) -> None:
+    summary = records[-1]
     assert isinstance(summary, Summary)
     assert summary.dev is not None
     best = replace(summary.dev, round=4, value=0.875, loss=0.125)
@@ -303,10 +297,10 @@ def test_a_run_s_dev_score_is_that_of_its_best_round_and_older_runs_have_none(ma
     assert numbers.keys() - older.keys() == {"summary/dev_loss", "summary/dev"}
 
 
-def test_the_table_of_runs_in_tensorboard_has_the_dev_loss(make_run: MakeRun) -> None:
+def test_the_table_of_runs_in_tensorboard_has_the_dev_loss(make_run: MakeRun, records: Records) -> None:
     folder = make_run()
     sink = opened("tensorboard", folder)
-    for record in records(folder):
+    for record in records:
         sink.write(record)
     sink.close()
 
@@ -342,11 +336,11 @@ class Broken:
 
 
 def test_a_tracker_that_fails_in_mid_run_is_closed_and_gets_no_more(
-    make_run: MakeRun, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture, records: Records
 ) -> None:
     tracker = Broken()
     sink = TrackerSink("broken", lambda: tracker, settings={})
-    for record in records(make_run()):
+    for record in records:
         sink.write(record)
     sink.close()
 
@@ -431,11 +425,12 @@ def test_jobs_that_make_the_experiment_of_mlflow_at_the_same_moment_all_have_the
     assert "it failed" not in caplog.text
 
 
-def test_scores_that_a_killed_run_owed_are_written_at_the_step_where_it_stopped(make_run: MakeRun) -> None:
+def test_scores_that_a_killed_run_owed_are_written_at_the_step_where_it_stopped(
+    make_run: MakeRun, records: Records
+) -> None:
     folder = make_run()
-    told = records(folder)
-    rounds = [record for record in told if isinstance(record, Round)][:6]
-    dev = replace(next(r for r in told if isinstance(r, CentralScore) and r.split == "dev"), round=6)
+    rounds = [record for record in records if isinstance(record, Round)][:6]
+    dev = replace(next(r for r in records if isinstance(r, CentralScore) and r.split == "dev"), round=6)
     sink = opened("tensorboard", folder)
     for record in rounds:
         sink.write(record)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedzo.testing import check_server_optimizer
-from fedzo.zo.log import RoundRecord, VectorRecord
+from fedzo.zo.log import ScalarRecord, VectorRecord
 from fedzo.zo.server_optimizer import ServerOptimizer, Sgd, round_direction, step_along
 from fedzo.zo.server_optimizer.control_variates import Scaffold
 from fedzo.zo.spaces.base import Space, Values
@@ -26,15 +26,15 @@ class Plain:
     def num_moments(self, num_clients: int) -> int:
         return self.moments
 
-    def u(self, space: Space, record: RoundRecord, run_seed: int) -> Values:
+    def u(self, space: Space, record: ScalarRecord, run_seed: int) -> Values:
         return round_direction(space, record, run_seed=run_seed)
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         step_along(space, self.u(space, record, run_seed), record)
 
 
 class Uphill(Plain):
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         step_along(space, -self.u(space, record, run_seed), record)
 
 
@@ -42,7 +42,7 @@ class KeepsMomentumToItself(Plain):
     def __init__(self) -> None:
         self.m: Any = 0
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         self.m = np.float32(0.5) * self.m + self.u(space, record, run_seed)
         step_along(space, self.m, record)
 
@@ -53,13 +53,13 @@ class RemembersItsFirstRoundOnly(Plain):
     def __init__(self) -> None:
         self.first: int | None = None
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         self.first = record.round if self.first is None else self.first
         step_along(space, self.u(space, record, run_seed) * np.float32(1 + record.round - self.first), record)
 
 
 class AsksForTooFewMoments(Plain):
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         moments[0] += self.u(space, record, run_seed)
         step_along(space, moments[0], record)
 
@@ -69,54 +69,54 @@ class ReplacesItsMoments(Plain):
 
     moments = 1
 
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         moments = moments * np.float32(0.5) + self.u(space, record, run_seed)
         step_along(space, moments[0], record)
 
 
 class Float64(Plain):
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         space.load(space.values() - record.lr * self.u(space, record, run_seed).astype(np.float64))
 
 
 class WideSteps(Sgd):
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         super().apply(space, moments, record, run_seed=run_seed)
         space.scale_by(0.999)
 
 
 class ScalesTheRecord(Plain):
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         record.coefficients[:] *= np.float32(0.5)
         super().apply(space, moments, record, run_seed=run_seed)
 
 
 class AddsNoise(Plain):
-    def u(self, space: Space, record: RoundRecord, run_seed: int) -> Values:
+    def u(self, space: Space, record: ScalarRecord, run_seed: int) -> Values:
         with torch.random.fork_rng():
             return super().u(space, record, run_seed) * torch.rand(space.size).numpy()
 
 
 class DrawsFromPython(Plain):
-    def u(self, space: Space, record: RoundRecord, run_seed: int) -> Values:
+    def u(self, space: Space, record: ScalarRecord, run_seed: int) -> Values:
         random.random()
         return super().u(space, record, run_seed)
 
 
 class Normalises(Plain):
-    def u(self, space: Space, record: RoundRecord, run_seed: int) -> Values:
+    def u(self, space: Space, record: ScalarRecord, run_seed: int) -> Values:
         u = super().u(space, record, run_seed)
         with np.errstate(all="ignore"):
             return u / np.sqrt((u * u).sum()) if u.any() else u
 
 
 class MovesAtLr0(Plain):
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         space.load(space.values() - np.float32(record.lr + 2**-10) * self.u(space, record, run_seed))
 
 
 class Decays(Plain):
-    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
         space.scale_by(float(np.float32(1 - record.lr / 4)))
         super().apply(space, moments, record, run_seed=run_seed)
 

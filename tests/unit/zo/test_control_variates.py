@@ -9,7 +9,7 @@ import pytest
 
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.log import RoundRecord, unpack
+from fedzo.zo.log import ScalarRecord, unpack
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
     AdamConfig,
@@ -52,7 +52,7 @@ def zs(n: int, round: int, step: int, probes: int) -> list[np.ndarray]:
 
 def federate(
     problem: Quadratics, config: ServerOptimizerConfig, attendance: Sequence[Sequence[int]], *, steps: int, probes: int
-) -> tuple[VectorSpace, np.ndarray, list[RoundRecord]]:
+) -> tuple[VectorSpace, np.ndarray, list[ScalarRecord]]:
     """Clients as fedzo's: local steps from the round's model, scalars up, one record a round."""
     rule: ServerOptimizer = SERVER_OPTIMIZERS.build(config, local_steps=steps)
     n, num_clients = len(problem.theta0), len(problem.a)
@@ -73,9 +73,9 @@ def federate(
                 local_step(space, lr=lr, c=c[t, :, column], keys=keys, drift=drift)
         space.load(start)
         if isinstance(rule, ControlVariates):
-            record = RoundRecord(round=r, lr=lr, owners=tuple(clients), coefficients=c, directions=SHARED)
+            record = ScalarRecord(round=r, lr=lr, owners=tuple(clients), coefficients=c, directions=SHARED)
         else:
-            record = RoundRecord(round=r, lr=lr, owners=(SHARED,), coefficients=c.mean(axis=2, keepdims=True))
+            record = ScalarRecord(round=r, lr=lr, owners=(SHARED,), coefficients=c.mean(axis=2, keepdims=True))
         log.append(record)
         rule.apply(space, moments, record, run_seed=SEED)
     return space, moments, log
@@ -166,7 +166,7 @@ def test_one_round_of_scaffold_by_hand() -> None:
 
     def play(round: int, g: list[float], owners: tuple[int, ...]) -> None:
         c = np.array([[g]], np.float32)
-        record = RoundRecord(round=round, lr=0.5, owners=owners, coefficients=c, directions=SHARED)
+        record = ScalarRecord(round=round, lr=0.5, owners=owners, coefficients=c, directions=SHARED)
         rule.apply(space, moments, record, run_seed=SEED)
 
     play(0, [2.0, 6.0], (0, 1))
@@ -231,7 +231,7 @@ def test_the_clients_paths_are_walked_beside_the_model(config: ServerOptimizerCo
     rule = SERVER_OPTIMIZERS.build(config, local_steps=2)
     assert isinstance(rule, ControlVariates)
     c = np.array([[[1.0, -1.0]], [[0.5, 2.0]]], np.float32)
-    record = RoundRecord(round=0, lr=0.25, owners=(0, 1), coefficients=c, directions=SHARED)
+    record = ScalarRecord(round=0, lr=0.25, owners=(0, 1), coefficients=c, directions=SHARED)
 
     ends = dict(end_models(rule, Still(np.ones(6)), np.zeros((3, 6), np.float32), record, run_seed=SEED))
 
@@ -246,7 +246,7 @@ def test_a_round_without_a_learning_rate_moves_nothing(config: ServerOptimizerCo
     c = np.ones((2, 1, 2), np.float32)
 
     rule.apply(
-        space, moments, RoundRecord(round=0, lr=0.0, owners=(0, 1), coefficients=c, directions=SHARED), run_seed=1
+        space, moments, ScalarRecord(round=0, lr=0.0, owners=(0, 1), coefficients=c, directions=SHARED), run_seed=1
     )
 
     assert space.theta.tolist() == [1] * 4
@@ -293,7 +293,7 @@ def test_scaffold_remembers_the_mean_of_the_steps_that_were_taken() -> None:
     c = np.zeros((4, 1, 2), np.float32)
     c[0, 0, 0] = 2.0
 
-    record = RoundRecord(round=0, lr=lr, owners=(0, 1), coefficients=c, directions=SHARED)
+    record = ScalarRecord(round=0, lr=lr, owners=(0, 1), coefficients=c, directions=SHARED)
     rule.apply(space, moments, record, run_seed=SEED)
 
     estimate = 2.0 * zs(6, 0, 0, 1)[0]
@@ -326,7 +326,7 @@ def test_settled_steps_are_as_long_as_the_docs_say(config: ServerOptimizerConfig
     for r in range(100):
         before = space.values()
         c = np.array([[[GRADIENT / zs(1, r, t, 1)[0][0]]] for t in range(STEPS)], np.float32)
-        record = RoundRecord(round=r, lr=LR, owners=(owner,), coefficients=c, directions=SHARED)
+        record = ScalarRecord(round=r, lr=LR, owners=(owner,), coefficients=c, directions=SHARED)
         rule.apply(space, moments, record, run_seed=SEED)
 
     assert float(before[0] - space.theta[0]) == pytest.approx(length, rel=1e-3)
@@ -346,7 +346,7 @@ def test_feddyn_of_alpha_0_takes_twice_the_step_of_the_mean(schedule: Schedule) 
             c = np.array([[[slope @ z / 8] for z in zs(n, r, t, 8)] for t in range(steps)], np.float32)
             owner = 0 if isinstance(rule, ControlVariates) else SHARED
             lr = learning_rate(config, round=r, rounds=rounds)
-            record = RoundRecord(round=r, lr=lr, owners=(owner,), coefficients=c, directions=SHARED)
+            record = ScalarRecord(round=r, lr=lr, owners=(owner,), coefficients=c, directions=SHARED)
             rule.apply(space, moments, record, run_seed=SEED)
             places.append(space.values())
         return np.array(places[-1] - places[rounds // 2])

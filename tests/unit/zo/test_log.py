@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.records.decode import decode_json, to_json
-from fedzo.records.log import Proof, PublicLine
+from fedzo.records.log import Proof, ScalarLine
 from fedzo.zo.directions import SHARED
 from fedzo.zo.keys import OWN
-from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, extend_chain, pack, unpack
+from fedzo.zo.log import EMPTY_CHAIN, ScalarRecord, extend_chain, pack, unpack
 
 
-def record(round: int, c: object, *, lr: float = 0.5, owners: tuple[int, ...] = (SHARED,)) -> RoundRecord:
-    return RoundRecord(round=round, lr=float(np.float32(lr)), owners=owners, coefficients=np.asarray(c, np.float32))
+def record(round: int, c: object, *, lr: float = 0.5, owners: tuple[int, ...] = (SHARED,)) -> ScalarRecord:
+    return ScalarRecord(round=round, lr=float(np.float32(lr)), owners=owners, coefficients=np.asarray(c, np.float32))
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -45,7 +45,7 @@ def test_records_survive_bytes_and_json_bit_for_bit(
     (by_wire,) = unpack(original.to_bytes())
     proof = Proof(chain="a" * 64, check=1, digest=None)
     text = to_json(original.to_line(attendance=[0], proof=proof))
-    by_json = RoundRecord.from_line(decode_json(PublicLine, text, where="line", error=RunFolderError))
+    by_json = ScalarRecord.from_line(decode_json(ScalarLine, text, where="line", error=RunFolderError))
 
     assert by_wire.directions == by_json.directions == directions
     assert by_wire.owners == by_json.owners == tuple(owners)

@@ -14,7 +14,7 @@ from fedzo.errors import ConfigError
 from fedzo.registry import Registry
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
     Adam,
@@ -36,8 +36,8 @@ SEED, N = 11, 5
 THETA = np.array([1.0, -2.0, 0.5, 3.0, -0.25], np.float32)
 
 
-def record(round: int, c: object, *, lr: float = 0.125, owners: tuple[int, ...] = (SHARED,)) -> RoundRecord:
-    return RoundRecord(round=round, lr=float(np.float32(lr)), owners=owners, coefficients=np.asarray(c, np.float32))
+def record(round: int, c: object, *, lr: float = 0.125, owners: tuple[int, ...] = (SHARED,)) -> ScalarRecord:
+    return ScalarRecord(round=round, lr=float(np.float32(lr)), owners=owners, coefficients=np.asarray(c, np.float32))
 
 
 LOG = [
@@ -49,7 +49,7 @@ LOG = [
 ]
 
 
-def play(rule: ServerOptimizer, log: list[RoundRecord]) -> VectorSpace:
+def play(rule: ServerOptimizer, log: list[ScalarRecord]) -> VectorSpace:
     space = VectorSpace(THETA)
     moments = np.zeros((rule.num_moments(1), N), np.float32)
     for each in log:
@@ -57,7 +57,7 @@ def play(rule: ServerOptimizer, log: list[RoundRecord]) -> VectorSpace:
     return space
 
 
-def us(log: list[RoundRecord]) -> list[list[float]]:
+def us(log: list[ScalarRecord]) -> list[list[float]]:
     """U of each round, summed in float64 by a loop."""
     made = []
     for each in log:

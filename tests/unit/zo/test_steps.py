@@ -9,15 +9,15 @@ import torch
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 from fedzo.zo.spaces.base import MasterSpace, Values
 from fedzo.zo.steps import apply_record, apply_steps, local_step
 
 SEED = 11
 
 
-def record(round: int, c: object, *, lr: float = 0.5, owners: tuple[int, ...] = (SHARED,)) -> RoundRecord:
-    return RoundRecord(round=round, lr=float(np.float32(lr)), owners=owners, coefficients=np.asarray(c, np.float32))
+def record(round: int, c: object, *, lr: float = 0.5, owners: tuple[int, ...] = (SHARED,)) -> ScalarRecord:
+    return ScalarRecord(round=round, lr=float(np.float32(lr)), owners=owners, coefficients=np.asarray(c, np.float32))
 
 
 def test_replay_is_the_steps_written_out_by_hand() -> None:

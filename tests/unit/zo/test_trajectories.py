@@ -25,7 +25,7 @@ from fedzo.zo.estimator import (
     ZerothOrderConfig,
     build_estimator,
 )
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
     AdamConfig,
@@ -87,7 +87,7 @@ def trajectory(estimator_config: ZerothOrderConfig, rule_config: ServerOptimizer
         projections = estimator.estimate(space, lambda: loss(space.theta), keys)
         c = np.array([[[float(projection.g) / PROBES] for projection in projections]], np.float32)
         lr = learning_rate(rule_config, round=number, rounds=ROUNDS)
-        record = RoundRecord(round=number, lr=lr, owners=(SHARED,), coefficients=c)
+        record = ScalarRecord(round=number, lr=lr, owners=(SHARED,), coefficients=c)
         rule.apply(space, moments, record, run_seed=SEED)
         rounds.append(space.theta.astype(">f4").tobytes().hex(" ", 4))
     return rounds
@@ -111,7 +111,7 @@ def walked_trajectory(rule_config: ServerOptimizerConfig) -> list[str]:
                 c[t, :, client] = [float(projection.g) / PROBES for projection in probes]
                 local_step(space, lr=lr, c=c[t, :, client], keys=keys, drift=drift)
         space.load(start)
-        record = RoundRecord(round=number, lr=lr, owners=(0, 1), coefficients=c, directions=SHARED)
+        record = ScalarRecord(round=number, lr=lr, owners=(0, 1), coefficients=c, directions=SHARED)
         rule.apply(space, moments, record, run_seed=SEED)
         rounds.append(space.theta.astype(">f4").tobytes().hex(" ", 4))
     return rounds

@@ -19,7 +19,7 @@ from fedzo.records.decode import parse_json, to_json
 from fedzo.records.log import Proof, VectorLine, decode_public
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED
-from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, VectorRecord, extend_chain, pack, unpack
+from fedzo.zo.log import EMPTY_CHAIN, ScalarRecord, VectorRecord, extend_chain, pack, unpack
 from fedzo.zo.server_optimizer import Momentum, ServerOptimizer, Sgd
 
 CHANGE = np.array([0.5, -1.25, 3.0], np.float32)
@@ -68,13 +68,13 @@ def test_the_chain_covers_the_vector_by_its_digest_and_needs_no_vector() -> None
 
 
 def test_scalars_and_vectors_travel_in_one_log() -> None:
-    scalars = RoundRecord(round=0, lr=0.5, owners=(SHARED,), coefficients=np.ones((1, 1, 1), np.float32))
+    scalars = ScalarRecord(round=0, lr=0.5, owners=(SHARED,), coefficients=np.ones((1, 1, 1), np.float32))
 
     first, second, third = unpack(pack([scalars, RECORD, scalars]))
 
-    assert isinstance(first, RoundRecord)
+    assert isinstance(first, ScalarRecord)
     assert second == RECORD
-    assert isinstance(third, RoundRecord)
+    assert isinstance(third, ScalarRecord)
 
 
 def bytes_of(**changes: Any) -> bytes:

@@ -16,7 +16,7 @@ from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, direction_at, dot_direction, stream_key
 from fedzo.zo.kernels import SPAN
 from fedzo.zo.keys import step_key
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 from fedzo.zo.virtual_path import VirtualPath, round_products, virtual_paths
 
 LAWS = list(Distribution)
@@ -38,7 +38,7 @@ def paths_of(
     """As the server gets them: the products of a record's directions, then the paths."""
     owners = (SHARED,) if shared else tuple(sorted(scalars))
     steps, probes = np.max([(1, 1), *(g.shape for g in scalars.values())], axis=0)
-    record = RoundRecord(
+    record = ScalarRecord(
         round=round, lr=1.0, owners=owners, coefficients=np.zeros((steps, probes, len(owners)), np.float32)
     )
     xi = round_products(gradient, record, run_seed=run_seed, distribution=distribution)
@@ -163,7 +163,7 @@ def test_directions_of_a_pool_are_those_that_the_client_drew() -> None:
     gradient, g = values(30), np.array([[0.5, -2.0], [1.0, 3.0]], np.float32)
     keys = [[step_key(7, round=2, step=t, probe=p, owner=4, directions=3) for p in range(2)] for t in range(2)]
 
-    record = RoundRecord(round=2, lr=1.0, owners=(4,), coefficients=g[:, :, None], directions=3)
+    record = ScalarRecord(round=2, lr=1.0, owners=(4,), coefficients=g[:, :, None], directions=3)
     xi = round_products(torch.from_numpy(gradient), record, run_seed=7, distribution=Distribution.gaussian)
     path = virtual_paths(
         torch.from_numpy(gradient), {4: g}, record, xi, run_seed=7, distribution=Distribution.gaussian
@@ -175,8 +175,8 @@ def test_directions_of_a_pool_are_those_that_the_client_drew() -> None:
 def test_where_clients_share_directions_a_record_with_their_own_columns_has_one_product_a_direction() -> None:
     """SCAFFOLD's and FedDyn's records keep each client's scalars along the same directions."""
     gradient, law = torch.linspace(-1, 1, 40), Distribution.gaussian
-    own = RoundRecord(round=2, lr=0.1, owners=(0, 3), coefficients=np.ones((2, 2, 2), np.float32), directions=SHARED)
-    common = RoundRecord(round=2, lr=0.1, owners=(SHARED,), coefficients=np.ones((2, 2, 1), np.float32))
+    own = ScalarRecord(round=2, lr=0.1, owners=(0, 3), coefficients=np.ones((2, 2, 2), np.float32), directions=SHARED)
+    common = ScalarRecord(round=2, lr=0.1, owners=(SHARED,), coefficients=np.ones((2, 2, 1), np.float32))
 
     xi = round_products(gradient, own, run_seed=7, distribution=law)
 

@@ -16,7 +16,7 @@ from fedzo.fl.server.step_policy.plan import (
     StepPolicyTraits,
     Verdict,
 )
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 from fedzo.zo.directions import PURPOSE_SELECTION, permutation, stream_key
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Everyone:
     num_clients: int
     local_steps: int
 
-    def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
+    def plan(self, audit: Sequence[ScalarAuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
         return Plan(dict.fromkeys(range(self.num_clients), self.local_steps))
 
 
@@ -63,7 +63,7 @@ class Random:
     chosen: frozenset[int]
     stop: EarlyStop
 
-    def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
+    def plan(self, audit: Sequence[ScalarAuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
         return self.stop({client: Verdict(client in self.chosen) for client in range(self.stop.num_clients)})
 
 
@@ -91,7 +91,7 @@ class Oracle:
     config: OracleConfig
     stop: EarlyStop
 
-    def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
+    def plan(self, audit: Sequence[ScalarAuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
         verdicts = {}
         for client, counts in sorted(label_counts.items()):
             share = max(counts.values(), default=0) / max(sum(counts.values()), 1)

@@ -33,7 +33,7 @@ from fedzo.fl.server.step_policy.plan import (
     Verdict,
 )
 from fedzo.fl.server.step_policy.statistics import FEWEST, Numbers, Statistic, cusum, magnitudes, shortfall
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -70,12 +70,12 @@ class Cusum:
 
     config: CusumConfig
     stop: EarlyStop
-    _log: Sequence[AuditLine] = ()
+    _log: Sequence[ScalarAuditLine] = ()
     _seen: int = 0
     _sums: Numbers = field(default_factory=lambda: np.zeros(0))
     _peaks: Numbers = field(default_factory=lambda: np.zeros(0))
 
-    def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
+    def plan(self, audit: Sequence[ScalarAuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
         if audit is not self._log or len(audit) < self._seen:
             self._log, self._seen = audit, 0
             self._sums, self._peaks = np.zeros(self.stop.num_clients), np.zeros(self.stop.num_clients)
@@ -93,7 +93,7 @@ class Cusum:
             }
         )
 
-    def _add(self, line: AuditLine) -> None:
+    def _add(self, line: ScalarAuditLine) -> None:
         """One round: step by step, those clients that took the step."""
         paths = magnitudes(line, Statistic.abs_g)
         steps = np.full((max(map(len, paths.values()), default=0), self.stop.num_clients), np.nan)

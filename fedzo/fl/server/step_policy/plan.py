@@ -12,7 +12,7 @@ import numpy as np
 
 from fedzo.errors import PluginError, Problem, problem
 from fedzo.fl.config import Aggregation, FlConfig
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 from fedzo.records.metrics import ClientVerdict, StepDecision
 from fedzo.records.scores import known
 from fedzo.registry import PluginConfig, Registry, returned
@@ -110,7 +110,7 @@ class StepPolicyConfig(PluginConfig):
 class StepPolicy(Protocol):
     """Decides before every round how many local steps each client takes."""
 
-    def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
+    def plan(self, audit: Sequence[ScalarAuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
         """The plan of round ``len(audit)``: a function of its arguments alone, so a resumed run decides the same.
 
         Args:
@@ -279,7 +279,7 @@ def _decision(record: StepDecision) -> object:
 
 def checked_plan(
     policy: StepPolicy,
-    audit: Sequence[AuditLine],
+    audit: Sequence[ScalarAuditLine],
     label_counts: Mapping[int, Mapping[str, int]],
     *,
     num_clients: int,

@@ -13,7 +13,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 
 Numbers = npt.NDArray[np.float64]
 TINY = 1e-30
@@ -31,7 +31,7 @@ class Statistic(StrEnum):
     """|g xi|, the size of the paper's GradIP: |g| times a factor of the seed; the trainer must have a gradient."""
 
 
-def magnitudes(line: AuditLine, statistic: Statistic) -> dict[int, Numbers]:
+def magnitudes(line: ScalarAuditLine, statistic: Statistic) -> dict[int, Numbers]:
     """The size of every local step of one round, float64 [T_k] of each client.
 
     ``abs_g``: mean over the probes p of |g[p]|. ``gradip``: |mean over p of g[p] xi[p]|, the size of the paper's

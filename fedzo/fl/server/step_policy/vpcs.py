@@ -39,7 +39,7 @@ from fedzo.fl.server.step_policy.statistics import (
     ratio,
 )
 from fedzo.records.fields import MAX_STEPS
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -158,9 +158,9 @@ class Vpcs:
 
     config: VpcsConfig
     stop: EarlyStop
-    _found: tuple[Sequence[AuditLine], Plan] | None = None
+    _found: tuple[Sequence[ScalarAuditLine], Plan] | None = None
 
-    def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
+    def plan(self, audit: Sequence[ScalarAuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
         config = self.config
         if not audit:
             return Plan(dict.fromkeys(range(self.stop.num_clients), config.calibration_steps), calibration=True)
@@ -168,7 +168,7 @@ class Vpcs:
             self._found = audit, self._decide(audit[0])
         return self._found[1]
 
-    def _decide(self, calibration: AuditLine) -> Plan:
+    def _decide(self, calibration: ScalarAuditLine) -> Plan:
         config = self.config
         if config.statistic is Statistic.gradip and calibration.xi is None:
             raise _no_gradient()

@@ -18,8 +18,8 @@ from fedzo.fl.messages import (
     Hello,
     HelloReply,
     Identity,
+    ScalarReply,
     Status,
-    TrainReply,
     TrainRequest,
     decode,
     encode,
@@ -55,7 +55,7 @@ class Client:
         self.requests: list[TrainRequest] = []
         self.pieces: list[ArtifactPiece] = []
         self.artifact = ARTIFACT
-        self.bend: Callable[[TrainReply], Any] = lambda reply: reply
+        self.bend: Callable[[ScalarReply], Any] = lambda reply: reply
         self.g_of: Callable[[TrainRequest], Any] = lambda request: np.full(request.steps, index + 1)
         self.hello = HelloReply(
             num_train=10 * (index + 1),
@@ -75,14 +75,14 @@ class Client:
     def train(self, request: TrainRequest) -> Any:
         self.requests.append(request)
         if request.space_id != hashlib.sha256(self.artifact).hexdigest():
-            return TrainReply(status=Status.bare)
+            return ScalarReply(status=Status.bare)
         self.replica = self.replica or new_replica(self.rule)
         status = self.replica.sync(request, [*unpack(request.log)])
         if status is not Status.ok:
-            return TrainReply(status=status, position=self.replica.position)
+            return ScalarReply(status=status, position=self.replica.position)
         g = np.asarray(self.g_of(request), np.float32).reshape(request.steps, 1)
         ones = scalars_to_bytes(np.ones_like(g))
-        return self.bend(TrainReply(g=scalars_to_bytes(g), loss=ones, dropped=bytes(len(g))))
+        return self.bend(ScalarReply(g=scalars_to_bytes(g), loss=ones, dropped=bytes(len(g))))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedzo.config.schema import RunSettings
 from fedzo.errors import ProtocolError
 from fedzo.fl.config import Aggregation, Directions, FlConfig, StrategyConfig
-from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_from_bytes, signs_to_bytes
+from fedzo.fl.messages import ScalarReply, TrainRequest, scalars_to_bytes, signs_from_bytes, signs_to_bytes
 from fedzo.fl.server.scalar_aggregator import aggregate, check_reply, unmoved
 from fedzo.fl.server.step_policy.baselines import OracleConfig
 from fedzo.testing.vector_space import VectorSpace
@@ -207,14 +207,14 @@ def test_no_rule_moves_anything_by_the_record_of_a_first_round_that_only_measure
 TWO_STEPS = TrainRequest(client=0, steps=2)
 
 
-def reply(**changes: object) -> TrainReply:
+def reply(**changes: object) -> ScalarReply:
     fields = {
         "g": scalars_to_bytes(np.array([[1.0], [0.0]], np.float32)),
         "loss": scalars_to_bytes(np.array([[0.5], [np.nan]], np.float32)),
         "dropped": bytes([0, 1]),
         **changes,
     }
-    return TrainReply(**fields)
+    return ScalarReply(**fields)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from scripted import Federation, means, reason_for
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import Weighting
-from fedzo.fl.messages import TrainReply, encode, scalars_to_bytes
+from fedzo.fl.messages import ScalarReply, encode, scalars_to_bytes
 from fedzo.fl.server.rounds import FederationError
 from fedzo.records.folder import AUDIT
 from fedzo.records.presence import Presence
@@ -52,7 +52,7 @@ def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Federation) 
     server, clients, _ = federation()
     server.run_round()
     for client in clients:
-        client.bend = lambda reply: TrainReply(g=b"1")
+        client.bend = lambda reply: ScalarReply(g=b"1")
 
     with pytest.raises(FederationError, match=r"round 1: strategy\.min_replies = 1 usable replies are needed, got 0"):
         server.run_round()
@@ -63,7 +63,7 @@ def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Federation) 
 def test_an_error_tells_as_many_reasons_as_a_person_reads(federation: Federation) -> None:
     server, clients, _ = federation(20)
     for client in clients:
-        client.bend = lambda reply: TrainReply(g=b"1")
+        client.bend = lambda reply: ScalarReply(g=b"1")
 
     with pytest.raises(FederationError, match=r"client 7: .*; and 12 more\)\. The log is kept") as caught:
         server.run_round()
@@ -122,7 +122,7 @@ def test_a_message_that_nobody_asked_for_and_one_that_cannot_be_sent_end_nothing
 
     def with_another(names: list[str]) -> list[Message]:
         replies = pull(names)
-        stray = encode(TrainReply())
+        stray = encode(ScalarReply())
         asked = Message(stray, dst_node_id=1, message_type="train")
         asked.metadata.__dict__["_message_id"] = "of somebody else"
         return [make_message(metadata=Message(stray, reply_to=asked).metadata, content=stray), *replies]
@@ -136,7 +136,7 @@ def test_a_message_that_nobody_asked_for_and_one_that_cannot_be_sent_end_nothing
     assert [reason_for(server, 1, client) for client in (0, 1)] == ["not connected"] * 2
 
 
-def drop(reply: TrainReply) -> TrainReply:
+def drop(reply: ScalarReply) -> ScalarReply:
     """No probe had a finite loss."""
     none = scalars_to_bytes(np.full((2, 1), np.nan, np.float32))
     return dataclasses.replace(reply, g=bytes(8), loss=none, dropped=b"\1\1")

@@ -14,7 +14,7 @@ from scripted import BASE, Federation, means, reason_for
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.config import Directions
 from fedzo.fl.content import RECORD
-from fedzo.fl.messages import TrainReply, scalars_to_bytes
+from fedzo.fl.messages import ScalarReply, scalars_to_bytes
 from fedzo.fl.server.metrics import round_metrics
 from fedzo.records.metrics import Round
 from fedzo.zo.directions import SHARED, direction, stream_key
@@ -36,9 +36,9 @@ def sent(**fields: Any) -> RecordDict:
         (sent(g=[]), "g must be 0 to 1073741824 bytes, got []"),
         (sent(salt=b""), "salt must be left out where it is empty"),
         (sent(salt=[]), "each record must have a salt of 8 bytes, got []"),
-        (TrainReply(g=b"123", loss=b"", dropped=b""), "g must hold 8 bytes"),
+        (ScalarReply(g=b"123", loss=b"", dropped=b""), "g must hold 8 bytes"),
         (
-            TrainReply(
+            ScalarReply(
                 g=scalars_to_bytes(np.array([1e9, 0], np.float32)),
                 loss=scalars_to_bytes(np.zeros(2, np.float32)),
                 dropped=bytes(2),

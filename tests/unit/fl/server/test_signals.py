@@ -16,13 +16,13 @@ from fedzo.fl.config import Directions, FlConfig
 from fedzo.fl.server.scalar_aggregator import ScalarResult, aggregate
 from fedzo.fl.server.signals import Signals
 from fedzo.records.decode import decode_json, to_json
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 from fedzo.records.metrics import StepSignals
 from fedzo.testing.logs import audit_line
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction
 from fedzo.zo.keys import OWN, step_key
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import ScalarRecord
 
 N, SEED = 50, 11
 GRADIENT = np.linspace(-2, 3, N).astype(np.float32)
@@ -71,19 +71,19 @@ def oracle(
     return rows
 
 
-def play(signals: Signals, round: int, directions: int, audit: list[AuditLine]) -> dict[int, dict[str, Any]]:
+def play(signals: Signals, round: int, directions: int, audit: list[ScalarAuditLine]) -> dict[int, dict[str, Any]]:
     """One round as the server plays it."""
     results = replies(round)
     g = {client: result.g for client, result in results.items()}
     record = aggregate(g, {2: 1, 4: 2, 7: 3}, RUNS[directions], round=round, lr=0.1)
     line = line_of(record, results, signals)
-    audit.append(decode_json(AuditLine, to_json(line), where="audit", error=RunFolderError))
+    audit.append(decode_json(ScalarAuditLine, to_json(line), where="audit", error=RunFolderError))
     signals.note(line)
     found = signals.of_round(record, line)
     return {client: listed(signals) for client, signals in found.items()}
 
 
-def line_of(record: RoundRecord, results: dict[int, ScalarResult], signals: Signals) -> AuditLine:
+def line_of(record: ScalarRecord, results: dict[int, ScalarResult], signals: Signals) -> ScalarAuditLine:
     line = audit_line(
         {client: result.g for client, result in sorted(results.items())},
         dropped={client: result.dropped for client, result in results.items()},
@@ -97,7 +97,7 @@ def listed(signals: StepSignals) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(signals).items()}
 
 
-def new_signals(law: Distribution, audit: list[AuditLine], *, known: bool = True) -> Signals:
+def new_signals(law: Distribution, audit: list[ScalarAuditLine], *, known: bool = True) -> Signals:
     signals = Signals(torch.from_numpy(GRADIENT) if known else None, run_seed=SEED, distribution=law)
     for line in audit:
         signals.note(line)
@@ -109,7 +109,7 @@ def new_signals(law: Distribution, audit: list[AuditLine], *, known: bool = True
 def test_signals_are_those_of_whole_vectors_and_their_means_go_over_all_rounds(
     law: Distribution, directions: int
 ) -> None:
-    audit: list[AuditLine] = []
+    audit: list[ScalarAuditLine] = []
     signals, seen = new_signals(law, audit), {2: [], 4: [], 7: []}
 
     for round in range(3):

@@ -9,7 +9,7 @@ import pytest
 from scripted import ARTIFACT, Client, Federation, means, reason_for
 
 from fedzo.fl.config import Transport
-from fedzo.fl.messages import ArtifactReply, Status, TrainReply, TrainRequest
+from fedzo.fl.messages import ArtifactReply, ScalarReply, Status, TrainRequest
 from fedzo.zo.log import pack
 from fedzo.zo.server_optimizer import AdamConfig
 
@@ -60,7 +60,7 @@ def test_a_client_that_lies_about_how_far_behind_it_is_costs_itself_the_round(
     server, clients, _ = federation()
     for _ in range(rounds):
         server.run_round()
-    clients[1].train = lambda request: TrainReply(status=Status.behind, position=position)
+    clients[1].train = lambda request: ScalarReply(status=Status.behind, position=position)
 
     server.run_round()
 
@@ -102,7 +102,7 @@ def test_a_server_that_goes_on_with_a_run_sends_clients_what_they_lack_by_its_lo
     """Sites outlive it; one of them took part in the first round alone."""
     server, clients, _ = federation()
     server.run_round()
-    clients[1].bend = lambda reply: TrainReply(g=b"1")
+    clients[1].bend = lambda reply: ScalarReply(g=b"1")
     for _ in range(2):
         server.run_round()
     clients[1].bend = lambda reply: reply
@@ -153,7 +153,7 @@ def test_a_client_whose_replay_differs_again_is_left_out_until_it_starts_anew(fe
 def test_a_client_that_never_reaches_the_state_is_sent_the_values_once(federation: Federation) -> None:
     server, clients, _ = federation(deadline_s=10.0)
     server.run_round()
-    clients[0].bend = lambda reply: TrainReply(status=Status.mismatch)
+    clients[0].bend = lambda reply: ScalarReply(status=Status.mismatch)
 
     server.run_round()
     server.run_round()
@@ -166,7 +166,7 @@ def test_a_client_that_never_reaches_the_state_is_sent_the_values_once(federatio
 def test_a_client_that_always_lacks_the_space_is_left_out_after_a_few_tries(federation: Federation) -> None:
     server, clients, _ = federation(deadline_s=10.0)
     server.run_round()
-    clients[0].bend = lambda reply: TrainReply(status=Status.bare)
+    clients[0].bend = lambda reply: ScalarReply(status=Status.bare)
 
     server.run_round()
 
@@ -179,10 +179,10 @@ def test_helping_a_slow_client_ends_at_the_rounds_deadline(federation: Federatio
     server, clients, _ = federation(deadline_s=0.3)
     asked: list[TrainRequest] = []
 
-    def slow(request: TrainRequest) -> TrainReply:
+    def slow(request: TrainRequest) -> ScalarReply:
         asked.append(request)
         clock.now += 0.2
-        return TrainReply(status=Status.bare)
+        return ScalarReply(status=Status.bare)
 
     clients[1].train = slow
     server.run_round()
@@ -207,7 +207,7 @@ def test_clients_at_one_place_are_sent_one_and_the_same_object(federation: Feder
     """Logs and values may be as long as the model. The last client has not reached the second round."""
     server, clients, _ = federation(transport=transport)
     server.run_round()
-    clients[2].bend = lambda reply: TrainReply(status=Status.behind, position=9)
+    clients[2].bend = lambda reply: ScalarReply(status=Status.behind, position=9)
     server.run_round()
     clients[2].bend = lambda reply: reply
     server.run_round()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scripted import Client, Federation, Outage, reason_for
 
-from fedzo.fl.messages import TrainReply, TrainRequest
+from fedzo.fl.messages import ScalarReply, TrainRequest
 from fedzo.fl.server import client_registry
 from fedzo.fl.server.rounds import FederationError
 from fedzo.fl.server.turnout import sampling_order
@@ -40,7 +40,7 @@ def test_a_sample_that_fails_or_is_not_there_is_made_up_by_other_clients(federat
     """Else the same clients would be drawn again after every resume."""
     server, clients, grid = federation(6, clients_per_round=2, min_replies=2)
     order = sampling_order(run_seed=1, round=0, num_clients=6, connected=range(6))
-    clients[order[0]].bend = lambda reply: TrainReply(g=b"1")
+    clients[order[0]].bend = lambda reply: ScalarReply(g=b"1")
     del grid.nodes[100 + order[1]]
 
     server.run_round()
@@ -127,7 +127,7 @@ def test_clients_that_were_silent_are_asked_early_where_the_others_are_too_few(f
     server.run_round()
     server.run_round()  # silent twice: asked again in round 3
     clients[0].bend = lambda reply: reply
-    clients[1].bend = lambda reply: TrainReply(g=b"1")
+    clients[1].bend = lambda reply: ScalarReply(g=b"1")
 
     server.run_round()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedzo.records.decode import encode, to_json
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 from fedzo.testing.logs import audit_line
 
 FOLDER = Path(__file__).parents[5] / "experiments" / "vpcs"
@@ -88,7 +88,7 @@ def test_wilson_holds_the_textbook_interval(experiment: Any) -> None:
     assert experiment("simulate").wilson(0, 100)[0] == pytest.approx(0.0, abs=1e-12)
 
 
-def synthetic_line(*, planted: set[int], seed: int = 3) -> AuditLine:
+def synthetic_line(*, planted: set[int], seed: int = 3) -> ScalarAuditLine:
     """Twelve clients; of the planted ones the even fall and the odd are soft from the start."""
     rng = np.random.default_rng(seed)
     clients = {}

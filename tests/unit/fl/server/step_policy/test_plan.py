@@ -16,7 +16,7 @@ from fedzo.fl.server.step_policy.plan import EarlyStop, EarlyStopConfig, Plan, S
 from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest, evidence, judge
 from fedzo.records.decode import decode_json, to_json
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 from fedzo.records.metrics import StepDecision
 from fedzo.testing.logs import audit_line
 
@@ -27,13 +27,13 @@ def build(config: StepPolicyConfig, *, num_clients: int = 4, local_steps: int = 
     return STEP_POLICIES.build(config, num_clients=num_clients, local_steps=local_steps, run_seed=run_seed)
 
 
-def line(paths: dict[int, list[float]], *, round: int = 0, lost: int | None = None) -> AuditLine:
+def line(paths: dict[int, list[float]], *, round: int = 0, lost: int | None = None) -> ScalarAuditLine:
     dropped = {k: [[k == lost]] * len(v) for k, v in paths.items()}
     return audit_line({k: [[x] for x in v] for k, v in paths.items()}, dropped=dropped, round=round)
 
 
-def read_back(log: list[AuditLine]) -> list[AuditLine]:
-    return [decode_json(AuditLine, to_json(each), where="audit", error=RunFolderError) for each in log]
+def read_back(log: list[ScalarAuditLine]) -> list[ScalarAuditLine]:
+    return [decode_json(ScalarAuditLine, to_json(each), where="audit", error=RunFolderError) for each in log]
 
 
 # --- steps
@@ -219,7 +219,7 @@ def test_the_most_steps_of_a_round_are_those_of_the_calibration() -> None:
 # --- cusum
 
 
-def rounds(count: int, *, quiet: int = 3, by: float = 1e-9, steps: int = 1) -> list[AuditLine]:
+def rounds(count: int, *, quiet: int = 3, by: float = 1e-9, steps: int = 1) -> list[ScalarAuditLine]:
     return [line({k: [by if k == quiet else 1.0] * steps for k in range(4)}, round=round) for round in range(count)]
 
 
@@ -242,7 +242,7 @@ def test_a_round_of_many_steps_counts_as_as_many_rounds_of_one() -> None:
 
 def test_the_sums_kept_between_rounds_are_those_of_the_whole_log() -> None:
     rng = np.random.default_rng(0)
-    log: list[AuditLine] = []
+    log: list[ScalarAuditLine] = []
     kept = build(CusumConfig(drift=0.2, threshold=2.0))
     for round in range(40):
         took = {k: int(rng.integers(1, 4)) for k in rng.permutation(5)[:4].tolist()}
@@ -258,7 +258,7 @@ def test_of_a_log_that_lies_on_the_disk_each_line_is_asked_for_once_and_alone() 
     """All that are new to a resumed server would not fit in memory."""
     asked: list[int] = []
 
-    class OnDisk(list[AuditLine]):
+    class OnDisk(list[ScalarAuditLine]):
         def __iter__(self) -> Any:
             raise AssertionError("all lines are asked for at once")
 

@@ -22,13 +22,13 @@ from fedzo.fl.server.step_policy.statistics import (
     ratio,
     shortfall,
 )
-from fedzo.records.log import AuditLine
+from fedzo.records.log import ScalarAuditLine
 from fedzo.testing.logs import audit_line
 
 
 def line(
     *gs: list[list[float]], dropped: dict[int, list[list[bool]]] | None = None, xi: Any = None, first: int = 0
-) -> AuditLine:
+) -> ScalarAuditLine:
     return audit_line(dict(enumerate(gs, start=first)), dropped=dropped, xi=xi)
 
 
