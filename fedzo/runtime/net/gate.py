@@ -143,8 +143,8 @@ class Gate:
             self._tell(asker, "it asks too often")
             await answer(send, 429, "too many requests")
             return
-        max_bytes = MAX_REPLY_BYTES if scope["path"] == REPLY else MAX_BODY_BYTES
-        max_bytes = STRANGER_BODY_BYTES if asker.name is None else max_bytes
+        known = MAX_REPLY_BYTES if scope["path"] == REPLY else MAX_BODY_BYTES
+        max_bytes = STRANGER_BODY_BYTES if asker.name is None else known
         declared = header(scope, b"content-length") or b"0"
         if not declared.isdigit() or len(declared) > 20 or int(declared) > max_bytes:
             await answer(send, 413, "too large")
