@@ -27,7 +27,8 @@ from typing import Any
 import tables
 from methods import FIRST_LAYER, MASK, METHODS, NUM_CLIENTS, UPPER_MASK, Method
 
-from fedzo.bench.claims import metric_lines, ran_with
+from fedzo.bench.claims import kept_results, metric_lines, ran_with
+from fedzo.records.folder import replace_file
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/peers")
@@ -80,14 +81,12 @@ def main() -> None:
 
 def known() -> dict[str, Entry]:
     """Everything measured so far, by name."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return kept_results(RESULTS, {})
 
 
 def keep(name: str, entry: Entry) -> Entry:
     """Add a result; one rename, so that a stop leaves whole results."""
-    part = RESULTS.with_suffix(".part")
-    part.write_text(json.dumps(dict(sorted({**known(), name: entry}.items())), indent=1) + "\n")
-    part.replace(RESULTS)
+    replace_file(RESULTS, json.dumps(dict(sorted({**known(), name: entry}.items())), indent=1) + "\n")
     return entry
 
 

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from methods import METHODS, Method
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, measured_in, with_range
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/peers/run.py"
@@ -78,16 +78,20 @@ def add(claims: Claims, case: str, method: Method, runs: list[Entry], most: floa
     equal = [last(run, "forwards", most) for run in runs]
     claims.add_mean(f"{case}: dev accuracy, equal forwards", [100 * score["value"] for score in equal], "%")
     claims.add_mean(f"{case}: dev AUC, equal forwards", [score["auc"] for score in equal], "")
-    claims.add(f"{case}: forwards of these", median(score["forwards"] for score in equal), "")
+    add_median(claims, f"{case}: forwards of these", [score["forwards"] for score in equal], "")
     for accuracy in ACCURACIES:
-        reached = [first(run, accuracy) for run in runs]
-        if all(reached):
-            claims.add(f"{case}: s to {accuracy:.2f}", median(score["seconds"] for score in reached if score), "")
+        reached = [score for run in runs if (score := first(run, accuracy))]
+        if len(reached) == len(runs):
+            add_median(claims, f"{case}: s to {accuracy:.2f}", [score["seconds"] for score in reached], "")
             if method.is_federated:
-                sent = median(score["bytes"] for score in reached if score)
-                claims.add(f"{case}: bytes to {accuracy:.2f}", sent, "bytes")
-    claims.add(f"{case}: training time", median(run["train_s"] for run in runs), "s")
+                add_median(claims, f"{case}: bytes to {accuracy:.2f}", [score["bytes"] for score in reached], "bytes")
+    add_median(claims, f"{case}: training time", [run["train_s"] for run in runs], "s")
     claims.add(f"{case}: memory", runs[0]["peak_bytes"] / 2**20, "MiB")
+
+
+def add_median(claims: Claims, claim: str, values: list[float], unit: str) -> None:
+    """Add the median over seeds; its unit tells the least and the most of them."""
+    claims.add(claim, median(values), with_range(unit, values))
 
 
 def compare(claims: Claims, case: str, runs: list[Entry], all_runs: list[Entry]) -> None:
