@@ -8,6 +8,7 @@ once for each user in it.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +20,23 @@ import torch
 from fedzo.commands.perplexity import check_file
 from fedzo.commands.run_folder import rebuild
 from fedzo.data.chat import chat_end, encode_instructions
-from fedzo.data.config import TaskKind
+from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.encode import encode_prompts
 from fedzo.data.files import read_located
-from fedzo.data.tasks import is_missing
+from fedzo.data.tasks import FIELD, is_missing
 from fedzo.errors import ConfigError
 from fedzo.models.checks import check_ids
 from fedzo.models.config import ModelConfig
 from fedzo.models.generate import answer_ends, generate
 from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.memory import weights_bytes
+from fedzo.models.memory import TOKENS_PER_BATCH, weights_bytes
 from fedzo.models.sketched.table_file import read_tables
 from fedzo.report.format import bytes_text
 from fedzo.run.peer import set_up_process
 from fedzo.sketch import OwnTables, sketched_layers, tables_of
+
+log = logging.getLogger(__name__)
 
 BASE = ""
 """Whose rows the model answers as it is."""
@@ -42,11 +45,13 @@ BASE = ""
 def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:
     """Greedy continuations by the run's model (its best round), which end where the score of its task reads to.
 
-    Of an instruction run they are answers to a chat's user, of a run of ``kind=generation`` one line.
+    Of an instruction run they are answers to a chat's user behind the system message of the run's task, of a run of
+    ``kind=generation`` one line.
     """
     built = rebuild(run_dir)
-    loaded, kind = built.workspace.loaded, built.process.peer.config.task.kind
-    ids = prompt_ids(loaded, prompts, chat=kind is TaskKind.instruction)
+    loaded, task = built.workspace.loaded, built.process.peer.config.task
+    kind = task.kind
+    ids = prompt_ids(loaded, prompts, chat=kind is TaskKind.instruction, system=_system_message(task))
     return generate(
         loaded,
         ids,
@@ -105,7 +110,7 @@ def answer_rows(
             loaded,
             ids,
             max_new_tokens=max_new_tokens,
-            tokens_per_batch=model.tokens_per_batch,
+            tokens_per_batch=model.tokens_per_batch or TOKENS_PER_BATCH,
             ends=chat_end(loaded.tokenizer) if chat else set(),
             before=follow,
         )
@@ -113,13 +118,27 @@ def answer_rows(
         yield json.dumps({"tables": row.tables or None, "prompt": row.prompt, "answer": answer}, ensure_ascii=False)
 
 
-def prompt_ids(loaded: LoadedModel, prompts: Sequence[str], *, chat: bool, where: str = "") -> list[tuple[int, ...]]:
-    """Token ids of what the user of a chat says, or of text to go on from."""
+def prompt_ids(
+    loaded: LoadedModel, prompts: Sequence[str], *, chat: bool, system: str = "", where: str = ""
+) -> list[tuple[int, ...]]:
+    """Token ids of what the user of a chat says, behind a system message if there is one, or of text to go on from."""
     tokenizer = loaded.tokenizer
-    ids = encode_instructions(prompts, tokenizer) if chat else encode_prompts(prompts, tokenizer)
+    ids = encode_instructions(prompts, tokenizer, system=system) if chat else encode_prompts(prompts, tokenizer)
     for number, tokens in enumerate(ids):
         check_ids(loaded.model, tokens, where=f"{where}prompt {number}")
     return ids
+
+
+def _system_message(task: TaskConfig) -> str:
+    """The system message before a prompt, as before each row of the run; none where each row has its own."""
+    if columns := FIELD.findall(task.system):
+        log.warning(
+            "task.system of this run holds columns of its rows (%s), which a prompt has not. So prompts are asked "
+            "without a system message",
+            ", ".join(columns),
+        )
+        return ""
+    return task.system
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from fedzo.data.conversation import ASSISTANT, Turn, opened
 from fedzo.errors import ConfigError, printable
 
 END_OF_THOUGHT = "</think>"
@@ -18,7 +19,7 @@ _SAMPLES = ("zqxj", "jxqz")
 """Words that no template has. Their first letters differ, so all that is before both is the template's own."""
 
 
-def apply_chat_template(tokenizer: Any, conversation: Sequence[dict[str, str]], **arguments: Any) -> Any:
+def apply_chat_template(tokenizer: Any, conversation: Sequence[Turn], **arguments: Any) -> Any:
     """As the tokenizer's own, but a template that asks for today's date gets the same date on every day.
 
     With the real date a resumed run, another site and a later evaluation would read other prompts than the run did.
@@ -36,17 +37,18 @@ def apply_chat_template(tokenizer: Any, conversation: Sequence[dict[str, str]], 
     return tokenizer.apply_chat_template(conversation, **arguments)
 
 
-def chat_texts(question: str, answer: str, tokenizer: Any) -> list[str]:
-    """The question as a prompt that an answer follows, and the question with its answer."""
-    return [_asked(question, tokenizer), _answered(question, answer, tokenizer)]
+def chat_texts(asked: Sequence[Turn], answer: str, tokenizer: Any) -> list[str]:
+    """The messages as a prompt that an answer follows, and the messages with their answer."""
+    return [_asked(asked, tokenizer), _answered(asked, answer, tokenizer)]
 
 
-def encode_instructions(questions: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
+def encode_instructions(questions: Sequence[str], tokenizer: Any, *, system: str = "") -> list[tuple[int, ...]]:
     """Token ids of questions as prompts of a chat, as the rows of ``kind=instruction`` have them.
 
     Args:
         questions: The texts of the user.
         tokenizer: A transformers tokenizer with a chat template.
+        system: The system message before each of them, if any.
 
     Raises:
         ConfigError: The chat template does not take such a text.
@@ -54,19 +56,20 @@ def encode_instructions(questions: Sequence[str], tokenizer: Any) -> list[tuple[
     if not questions:
         return []
     try:
-        texts = [_asked(question, tokenizer) for question in questions]
+        texts = [_asked(opened(question, system), tokenizer) for question in questions]
     except Exception as error:  # whatever the template's own code raises
+        asked = "a system message and a text of the user" if system else "a text of the user alone"
         raise ConfigError(
-            "the model's chat template must take a text of the user alone, but raises "
+            f"the model's chat template must take {asked}, but raises "
             f"{type(error).__name__}: {printable(str(error), most=200)}. Choose another model or chat template, or "
             "leave out --chat."
         ) from error
     return [tuple(tokens) for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def chat_opening(tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that the chat template writes before the user's text."""
-    one, other = encode_instructions(_SAMPLES, tokenizer)
+def chat_opening(tokenizer: Any, *, system: str = "") -> tuple[int, ...]:
+    """Token ids that the chat template writes before the user's text, with the system message if there is one."""
+    one, other = encode_instructions(_SAMPLES, tokenizer, system=system)
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return tuple(token for token, _ in shared)
 
@@ -80,7 +83,7 @@ def chat_end(tokenizer: Any) -> set[int]:
         return set()
     question, answer = _SAMPLES
     try:
-        text = _answered(question, answer, tokenizer)
+        text = _answered(opened(question), answer, tokenizer)
     except TemplateError:  # it takes no answers
         return set()
     behind = text.rpartition(answer)[2] if answer in text else ""
@@ -106,16 +109,15 @@ def after_thought(text: str) -> str:
     return said.lstrip() if ended else text
 
 
-def _asked(question: str, tokenizer: Any) -> str:
-    return _rendered([{"role": "user", "content": question}], tokenizer, add_generation_prompt=True)
+def _asked(chat: Sequence[Turn], tokenizer: Any) -> str:
+    return _rendered([*chat], tokenizer, add_generation_prompt=True)
 
 
-def _answered(question: str, answer: str, tokenizer: Any) -> str:
-    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return _rendered(chat, tokenizer, add_generation_prompt=False)
+def _answered(chat: Sequence[Turn], answer: str, tokenizer: Any) -> str:
+    return _rendered([*chat, {"role": ASSISTANT, "content": answer}], tokenizer, add_generation_prompt=False)
 
 
-def _rendered(chat: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool) -> str:
+def _rendered(chat: list[Turn], tokenizer: Any, *, add_generation_prompt: bool) -> str:
     """As text. Templates of models that can think write that they do not, in both texts; others ignore the names."""
     off = {"enable_thinking": False, "thinking": False}
     return str(apply_chat_template(tokenizer, chat, tokenize=False, add_generation_prompt=add_generation_prompt, **off))

@@ -25,6 +25,9 @@ class Loss(StrEnum):
     lm = "lm"
     """Next-token cross-entropy on the right answer's tokens: the mean over the tokens of a row, then over rows. MeZO
     takes the mean over all tokens of a batch."""
+    score = "score"
+    """The value of the first evaluator on the batch, with a minus where higher is better. A score has no gradient,
+    so ``estimator=backprop`` is refused."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,6 +51,13 @@ class TaskConfig:
     """Template of the right answer (generation, instruction). A column in it may list several: the first is trained on,
     and a score counts the one that is nearest to the model's. ``{answers.text}`` is the field ``text`` of an object in
     the column ``answers``, or of each object in a list."""
+    messages: str = ""
+    """Column of whole conversations (instruction), in the place of ``template`` and ``answer``: lists of objects with
+    ``role`` (``system``, ``user`` or ``assistant``) and ``content``. The last message is the assistant's and the right
+    answer; all before it are the prompt."""
+    system: str = ""
+    """The system message before a row's question (instruction), which may hold columns. Empty = none, but for one that
+    the chat template writes by itself."""
     derive: str | None = None
     """Built-in fields made of a row's columns (``alpaca``, ``boolq``, ``copa``, ``wsc``), for what a template cannot
     express."""
@@ -57,7 +67,7 @@ class TaskConfig:
     be stable. Each row is part of this mean: in batches of few rows, or of one label, differences between rows are
     damped, too. 1 leaves the loss as it is."""
     max_length: int = 512
-    """Longest sequence in tokens. A longer prompt loses its beginning."""
+    """Longest sequence in tokens. A longer prompt loses its beginning, but keeps a system message."""
     max_new_tokens: int = 32
     """Longest generated answer in tokens."""
 

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedzo.data.chat import chat_end, chat_opening, chat_texts
 from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.conversation import Turn, system_texts
 from fedzo.data.encode_warnings import (
     tell_endless_answers,
     tell_endless_turns,
     tell_other_texts,
     tell_other_tokens,
     tell_special_tokens,
+    tell_unread_system,
 )
 from fedzo.data.files import Row
 from fedzo.data.tasks import Rendered, beginning, render
@@ -79,9 +81,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
         """Token ids of each text under ``input_ids``."""
 
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> Any:
+    def apply_chat_template(self, conversation: list[Turn], *, tokenize: bool, add_generation_prompt: bool) -> Any:
         """The conversation as the text that the model was tuned on."""
 
 
@@ -93,10 +93,10 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
     begin alike, all tokens that they share are the prompt's, which alone may have others at its end. What the
     tokenizer puts behind every text is part of an answer that is written, since it ends there, but of no candidate. An
     ``instruction`` goes through the tokenizer's chat template, and its answer ends with the turn. A longer prompt loses
-    its beginning, but not what the tokenizer or the chat template puts before it; a longer reference answer loses its
-    end, so that half of ``max_length`` is left for the prompt. ``Example.cut`` tells. The prompt that an answer is
-    written from is that of ``encode_prompts`` or ``encode_instructions``, with room for ``task.max_new_tokens`` behind
-    it, by the same rule.
+    its beginning, but not what the tokenizer or the chat template puts before it, with a system message that comes
+    first; a longer reference answer loses its end, so that half of ``max_length`` is left for the prompt.
+    ``Example.cut`` tells. The prompt that an answer is written from is that of ``encode_prompts`` or
+    ``encode_instructions``, with room for ``task.max_new_tokens`` behind it, by the same rule.
 
     Args:
         rows: The rows.
@@ -142,7 +142,7 @@ def _encode_block(
         return []
     tell_special_tokens(rendered, task, tokenizer)
     ids = _ids(texts, tokenizer, add_special_tokens=add_special_tokens, names=names)
-    begin, num_after, turn_end = _frame(task, tokenizer)
+    begins, num_after, turn_end = _frame(task, tokenizer, systems={row.system for row in rendered})
     is_written = task.kind is not TaskKind.candidates
     num_behind = 0 if is_written else num_after
     room_to_write = max(max_length - task.max_new_tokens, max_length // 2)
@@ -170,6 +170,7 @@ def _encode_block(
         if is_written:
             room = max(max_length - cut, max_length // 2)
             whole, answers = answers, tuple(answer[:room] for answer in answers)
+        begin = begins[row.system]
         head = _shortened(joint[0][:cut], max_length - max(map(len, answers)), begin=begin)
         if not head:
             raise ConfigError(
@@ -222,7 +223,9 @@ def row_name(number: int, prompt: str) -> str:
 
 def task_digest(task: TaskConfig) -> str:
     """SHA-256 (hex) of all that defines prompts, answers and labels; sites with the same digest read a row alike."""
-    fields = (task.kind, task.template, task.candidates, task.label, task.labels, task.answer, task.derive)
+    fields = [task.kind, task.template, task.candidates, task.label, task.labels, task.answer, task.derive]
+    if task.messages or task.system:  # others keep the digest that they had before
+        fields += [task.messages, task.system]
     return hashlib.sha256(json.dumps([_FORMAT, *fields], ensure_ascii=True).encode("ascii")).hexdigest()
 
 
@@ -237,17 +240,19 @@ def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], int]:
     return tuple(whole[: starts[0]]), len(whole) - starts[0] - len(plain)
 
 
-def _frame(task: TaskConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], int, set[int]]:
-    """What a cut prompt keeps at its beginning, how many tokens follow a text, and what ends an answer in a chat."""
+def _frame(
+    task: TaskConfig, tokenizer: Tokenizer, *, systems: Set[str]
+) -> tuple[Mapping[str, tuple[int, ...]], int, set[int]]:
+    """What cut prompts begin with, by system message; how many tokens follow a text; what ends an answer in a chat."""
     if task.kind is not TaskKind.instruction:
         before, num_after = _around(tokenizer)
         bos: tuple[int, ...] = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
         if not num_after:
             tell_endless_answers(task, tokenizer)
-        return before or bos, num_after, set()  # a template may write BOS itself
+        return dict.fromkeys(systems, before or bos), num_after, set()  # a template may write BOS itself
     if not (turn_end := chat_end(tokenizer)):
         tell_endless_turns(task)
-    return chat_opening(tokenizer), 0, turn_end
+    return {system: chat_opening(tokenizer, system=system) for system in systems}, 0, turn_end
 
 
 def _render(number: int, row: Row, task: TaskConfig) -> Rendered:
@@ -271,11 +276,15 @@ def _texts(
     texts = []
     for name, row in zip(names, rendered, strict=True):
         try:
-            texts.append(chat_texts(row.prompt, row.answers[0], tokenizer))
+            texts.append(chat_texts(row.chat, row.answers[0], tokenizer))
         except Exception as error:  # whatever the template's own code raises
-            raise _unencodable(name, "chat template", error) from error
+            has_system = bool(system_texts(row.chat))
+            raise _unencodable(name, "chat template", error, has_system=has_system) from error
     if not all(answered.startswith(asked) for asked, answered in texts):
         tell_other_texts(task)
+    both = zip(rendered, texts, strict=True)
+    if any(said not in asked for row, (asked, _) in both for said in system_texts(row.chat)):
+        tell_unread_system(task)
     return texts, False  # a chat template writes its special tokens itself
 
 
@@ -298,10 +307,11 @@ def _ids(
     return ids
 
 
-def _unencodable(name: str, what: str, error: Exception) -> ConfigError:
+def _unencodable(name: str, what: str, error: Exception, *, has_system: bool = False) -> ConfigError:
+    remedy = "Begin the user's first message with what the system says, correct" if has_system else "Correct"
     return ConfigError(
         f"{name}: the model's {what} must take its text, but raises {type(error).__name__}: "
-        f"{' '.join(str(error).split())[:200]}. Correct or remove the row, or choose another model."
+        f"{' '.join(str(error).split())[:200]}. {remedy} or remove the row, or choose another model."
     )
 
 

@@ -55,9 +55,18 @@ def tell_other_tokens(task: TaskConfig) -> None:
     )
 
 
+def tell_unread_system(task: TaskConfig) -> None:
+    """Where the chat template leaves a system message out of the text."""
+    warn_once(
+        log,
+        f"task {task.name!r}: this model's chat template leaves out the system message of some rows, so the model does "
+        "not read it. Begin the user's first message with it, or choose another model or chat template.",
+    )
+
+
 def tell_special_tokens(rendered: Sequence[Rendered], task: TaskConfig, tokenizer: Any) -> None:
     """Where a row has a text, which no template has, that is a special token to the model."""
-    templates = (task.template, task.answer, *task.candidates)
+    templates = (task.template, task.system, task.answer, *task.candidates)
     tokens = [token for token in special_tokens(tokenizer).values() if not any(token in each for each in templates)]
     if not tokens:
         return

@@ -2,6 +2,7 @@
 
 A template is text in which ``{column}`` stands for a row's value. It is filled by one regular-expression pass and
 nothing else (no format specs, no attributes), so a template or a row from elsewhere can read nothing but the row.
+Rows that hold whole conversations (``fedzo.data.conversation``) need none.
 
 No prompt is without its row: a template has a column, every brace before a name is a column's, and what fills a column
 is a value that somebody wrote, neither blank nor what a table puts in the place of one that is missing.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.conversation import Turn, as_text, conversation, opened, system_texts
 from fedzo.data.derivations import find_derivation
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
@@ -33,32 +35,45 @@ class Rendered:
     """A row as text.
 
     Attributes:
-        prompt: What the model reads.
+        prompt: What the model reads; of a chat, all that is said in it as one text.
         answers: What may follow, byte for byte; one entry, the answer to learn, for generation and instruction.
         label: Index of the right answer.
         references: All right answers without outer white space, the one to learn first (generation, instruction).
+        chat: The prompt as messages, of which a system message may be the first (generation, instruction).
     """
 
     prompt: str
     answers: tuple[str, ...]
     label: int
     references: tuple[str, ...] = ()
+    chat: tuple[Turn, ...] = ()
+
+    @property
+    def system(self) -> str:
+        """The system message that the chat begins with; empty where it begins with another."""
+        return "".join(system_texts(self.chat[:1]))
 
 
 def render(row: Row, task: TaskConfig) -> Rendered:
-    """Fill a task's templates from a row.
+    """Fill a task's templates from a row, or read the conversation that it holds.
 
     Raises:
-        ConfigError: A column is missing, empty or not text, the label is not one of the candidates, or an answer is
-            blank.
+        ConfigError: A column is missing, empty or not text, or holds no conversation, the label is not one of the
+            candidates, or an answer is blank.
     """
+    if task.messages:
+        *asked, said = conversation(_value(row, task.messages, "task.messages"), task.messages)
+        answer = said["content"]
+        return Rendered(as_text(asked), (answer,), 0, (answer,), tuple(asked))
     fields = derived(row, task)
     prompt = _fill(task.template, fields, "task.template")
     if task.kind is TaskKind.candidates:
         rendered = Rendered(prompt, _candidates(fields, task), label_index(row, task))
     else:
         written = _filled(task.answer, fields, "task.answer")
-        rendered = Rendered(prompt, written[:1], 0, tuple(answer.strip() for answer in written))
+        asked = opened(prompt, _fill(task.system, fields, "task.system"))
+        references = tuple(answer.strip() for answer in written)
+        rendered = Rendered(as_text(asked), written[:1], 0, references, tuple(asked))
     for answer in rendered.answers:
         if not answer.strip():
             raise ConfigError(
@@ -202,8 +217,10 @@ def columns_used(task: TaskConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: ``task.derive`` names no derivation.
     """
+    if task.messages:
+        return (task.messages,)
     is_choice = task.kind is TaskKind.candidates
-    templates = [task.template, *(task.candidates if is_choice else [task.answer])]
+    templates = [task.template, task.system, *(task.candidates if is_choice else [task.answer])]
     columns = {column for template in templates for column in FIELD.findall(template)}
     if task.derive is not None:
         derivation = find_derivation(task.derive)
@@ -282,7 +299,7 @@ def _text(row: Row, column: str, key: str, *, may_be_blank: bool = False) -> str
         advice = f"Name one of its fields, as in {{{column}.text}}." if named else "Flatten it first."
         raise ConfigError(f"column {column!r} ({key}) must hold text or a number, got {type(value).__name__}. {advice}")
     text = str(value).strip()
-    if text and (text == _NA or is_missing(value, may_be_word=key != "task.template")):
+    if text and (text == _NA or is_missing(value, may_be_word=key not in ("task.template", "task.system"))):
         raise ConfigError(
             f"column {column!r} ({key}) holds {value!r}, which stands for a missing value. Fill it or remove the row."
         )

@@ -54,8 +54,8 @@ def ask(folder: Path, *more: str) -> list[str]:
     return ["generate", "--model", str(folder / "sk"), "--prompts", rows, "--tables", tables, *more]
 
 
-def test_generating_with_a_run_is_greedy_decoding_of_its_model(run: Run, greedy_answer: Greedy) -> None:
-    folder = run()
+def test_generating_with_a_run_is_greedy_decoding_of_its_model(finished: Run, greedy_answer: Greedy) -> None:
+    folder = finished()
 
     (text,) = generate_run(folder, ["Text: a thing\nVerdict:"], max_new_tokens=5)
 

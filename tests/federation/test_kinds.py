@@ -32,6 +32,11 @@ def question_rows(folder: Path) -> Path:
                 "prompt": f"what is the number of thing {i}?",
                 "response": f"it is {i % 5}",
                 "answers": {"text": [f"it is {i % 5}", f"{i % 5}"], "answer_start": [0, 6]},
+                "talk": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": f"what is the number of thing {i}?"},
+                    {"role": "assistant", "content": f"it is {i % 5}"},
+                ],
             }
             for i in range(offset, offset + count)
         ]
@@ -45,6 +50,7 @@ def question_rows(folder: Path) -> Path:
         (("task.kind=generation", "task.template='{prompt}\\nAnswer:'", "task.answer=' {response}'"), "token_f1"),
         (("task.kind=generation", "task.template='{prompt}\\nAnswer:'", "task.answer=' {answers.text}'"), "token_f1"),
         (("task.kind=instruction", "task.template='{prompt}'", "task.answer='{response}'"), "rouge_l"),
+        (("task.kind=instruction", "task.template=''", "task.messages=talk"), "rouge_l"),
     ],
 )
 def test_answers_that_a_model_writes_are_trained_and_scored(
@@ -116,6 +122,43 @@ def test_an_instruction_run_writes_to_a_prompt_as_to_a_row(
 
     assert generate_run(folder, ["what?"], max_new_tokens=6) == ["it is 3"]
     assert list(asked[0]) == byte_tokenizer()("<bos>user\nwhat?<eos>\n<bos>assistant\n")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("system", "begin", "told"),
+    [
+        ("Be brief.", "<bos>system\nBe brief.<eos>\n", []),
+        ("Of {prompt}.", "", ["task.system of this run holds columns of its rows (prompt), which a prompt has not"]),
+    ],
+)
+def test_a_prompt_is_asked_behind_the_system_message_of_the_run_unless_each_row_has_its_own(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    system: str,
+    begin: str,
+    told: list[str],
+) -> None:
+    folder = run(
+        f"data.path={question_rows(tmp_path / 'rows')}",
+        *INSTRUCTION,
+        f"task.system='{system}'",
+        "fl.rounds=1",
+    )
+    asked: list[tuple[int, ...]] = []
+
+    def written(loaded: object, prompts: list[tuple[int, ...]], **settings: object) -> list[str]:
+        asked.extend(prompts)
+        return ["it is 3"]
+
+    monkeypatch.setattr("fedzo.commands.generate.generate", written)
+    caplog.clear()
+
+    assert generate_run(folder, ["what?"], max_new_tokens=6) == ["it is 3"]
+    assert list(asked[0]) == byte_tokenizer()(f"{begin}<bos>user\nwhat?<eos>\n<bos>assistant\n")["input_ids"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "fedzo.commands.generate"]
+    assert [warning.partition(". So")[0] for warning in warnings] == told
 
 
 def test_a_run_of_generation_writes_the_line_that_its_score_reads(

@@ -47,7 +47,7 @@ NEEDS = {
     "rewriter=transformers": ["rewriter.model=smollm2-135m"],
 }
 """What a user must add to an option that cannot stand alone."""
-WRITTEN = {"alpaca", "instruct", "squad"}
+WRITTEN = {"alpaca", "chat", "instruct", "squad"}
 """Tasks without labels, by which the default partition would deal."""
 CUSTOM = ["task.template='{text}'", "task.candidates=[' no',' yes']", "data.path=."]
 

@@ -28,6 +28,7 @@ from fedzo.testing.tiny_models import byte_tokenizer
 CHOICE = TaskConfig(name="mine", template="{text}:", candidates=[" no", " maybe"])
 WRITTEN = TaskConfig(name="mine", kind=TaskKind.generation, loss=Loss.lm, template="{q}?", answer=" {a}\n")
 CHAT = TaskConfig(name="mine", kind=TaskKind.instruction, loss=Loss.lm, template="{q}", answer="{a}")
+SPOKEN = TaskConfig(name="mine", kind=TaskKind.instruction, loss=Loss.lm, messages="said")
 BOS, EOS = 1, 2
 
 
@@ -306,10 +307,12 @@ def test_an_answer_ends_where_the_chat_template_ends_it(template: str | None, en
     ("task", "fields"),
     [
         (CHAT, ["instruction", "{q}", [], "label", [], "{a}", None]),
+        (replace(CHAT, system="S"), ["instruction", "{q}", [], "label", [], "{a}", None, "", "S"]),
+        (SPOKEN, ["instruction", "", [], "label", [], "", None, "said", ""]),
         (WRITTEN, ["generation", "{q}?", [], "label", [], " {a}\n", None]),
         (CHOICE, ["candidates", "{text}:", [" no", " maybe"], "label", [], "", None]),
     ],
-    ids=["instruction", "generation", "candidates"],
+    ids=["instruction", "system", "messages", "generation", "candidates"],
 )
 def test_sites_that_make_other_tokens_have_another_digest(task: TaskConfig, fields: list[Any]) -> None:
     """Tokens of all kinds have changed since the first format, of instructions also since the second.
@@ -670,6 +673,8 @@ def test_a_saved_byte_tokenizer_loads_as_any_other(tmp_path: Path) -> None:
         {"label": "gold"},
         {"labels": ["0", "1"]},
         {"answer": "{a}"},
+        {"messages": "m"},
+        {"system": "m"},
         {"derive": "copa"},
         {"kind": TaskKind.generation},
     ],

@@ -88,6 +88,20 @@ GOLDEN: dict[str, tuple[dict[str, Any], str, list[str], int]] = {
         0,
     ),
     "instruct": ({"prompt": "Name a colour.", "response": "Red."}, "Name a colour.", ["Red."], 0),
+    "chat": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Hi."},
+                {"role": "assistant", "content": "Yes?"},
+                {"role": "user", "content": "Name a colour."},
+                {"role": "assistant", "content": "Red."},
+            ]
+        },
+        "user: Hi.\nassistant: Yes?\nuser: Name a colour.\nsystem: Be brief.",
+        ["Red."],
+        0,
+    ),
     "alpaca": (
         {"instruction": "Translate.", "input": "chat", "output": "cat"},
         "Translate.\n\nchat",

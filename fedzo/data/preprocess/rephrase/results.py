@@ -17,7 +17,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.errors import ConfigError
-from fedzo.records.decode import decode_json, to_json
+from fedzo.records.decode import canonical, decode_json, to_json
 from fedzo.records.folder import folder_of_one_process, make_folder, raised_as, replace_file
 from fedzo.records.rephrase import RowOutcome
 
@@ -47,8 +47,7 @@ def recipe_digest(config: OatRephraseConfig, task: TaskConfig) -> str:
         plain["labels"] = [task.label, *task.labels]
     if config.meanings:
         plain["candidates"] = task.candidates
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical(plain)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

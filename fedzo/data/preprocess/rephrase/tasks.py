@@ -202,6 +202,10 @@ def told_problems(task: TaskConfig, recipe: OatRephraseConfig) -> Iterator[Probl
 
     A preset with another template or other answers may ask anything: the recipe must say what.
     """
+    if task.messages:
+        rule = "be left out for oat_rephrase, whose prompts show columns of text and no conversation"
+        yield problem("task.messages", rule, task.messages, "Leave preprocess out, or write texts into columns.")
+        return
     if lists_candidates(task):
         rule = "name each answer for oat_rephrase, whose prompts show no list of a row"
         yield problem("task.candidates", rule, task.candidates, "Write each choice into a column of its own.")

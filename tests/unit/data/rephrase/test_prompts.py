@@ -206,6 +206,10 @@ def test_a_task_of_ones_own_is_told_in_the_recipes_words(task: list[str]) -> Non
             ["task=custom", PROMPT, "task.candidates=[' {choices}']", ABOUT, f"{KEY}.meanings=[a]"],
             "task.candidates must name each answer for oat_rephrase, whose prompts show no list of a row, got",
         ),
+        (
+            ["task=chat", ABOUT],
+            "task.messages must be left out for oat_rephrase, whose prompts show columns of text and no conversation, ",
+        ),
     ],
 )
 def test_what_the_prompts_could_not_say_truly_is_refused_with_what_to_write(words: list[str], told: str) -> None:
