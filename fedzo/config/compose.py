@@ -111,8 +111,10 @@ def with_models(overrides: Sequence[str]) -> list[str]:
     """The overrides with ``model=<hub name or local folder>`` written out, which is no option of the group.
 
     Raises:
-        ConfigError: A sweep mixes options and names.
+        ConfigError: A sweep mixes options and names, or the search path is wrong.
     """
+    if not any(text.startswith(("model=", "hydra.searchpath=")) for text in overrides):
+        return list(overrides)  # to list the options, Hydra would read its files once more
     return rewrite_model(overrides, option_names("model", overrides))
 
 

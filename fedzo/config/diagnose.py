@@ -45,12 +45,12 @@ _EXTRAS = {
 
 def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     """Read overrides by Hydra's grammar; returns those that it accepts, and the problems of the others."""
-    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     parsed: list[Override] = []
     found: list[Problem] = []
     for text in overrides:
         try:
-            parsed += OverridesParser.create(config_loader=loader).parse_overrides([text])
+            parsed += parser.parse_overrides([text])
         except HydraException as error:
             key, first_line = text.partition("=")[0], str(error).splitlines()[0]
             found.append(Problem(key, f"{text!r} must be an override key=value. {first_line}.{_in_quotes(text)}"))
@@ -70,11 +70,11 @@ def _in_quotes(text: str) -> str:
     return f" A value of more than letters, digits and ./:_- must be in quotes of its own: write {shell}"
 
 
-def respelled(overrides: Sequence[str]) -> list[Problem]:
+def respelled(parsed: Iterable[Override]) -> list[Problem]:
     """Texts that Hydra reads as another value, whose own text is another one: ``true`` would be ``True``."""
     found = []
     known = texts()
-    for override in parse_overrides(overrides)[0]:
+    for override in parsed:
         section, name = override.key_or_group.partition(".")[0], override.key_or_group.rpartition(".")[2]
         if name not in known.get(section, ()) or override.is_sweep_override():
             continue
@@ -87,7 +87,9 @@ def respelled(overrides: Sequence[str]) -> list[Problem]:
 
 
 def diagnose(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
-    """Apply the overrides one at a time; needs a ``session``.
+    """Look for the overrides that are wrong; needs a ``session``.
+
+    A composition takes long: bisection tells how many work together, from the first on, and so the next one is wrong.
 
     Returns:
         The overrides that work together, and the problems of the others.
@@ -97,14 +99,23 @@ def diagnose(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
     groups = group_names(overrides)
     # First where to look, then choices: whether a key exists depends on the chosen plugin.
     ranks = {"hydra.searchpath": 0, **dict.fromkeys(groups, 1)}
-    for override in sorted(parsed, key=lambda each: ranks.get(each.key_or_group, 2)):
-        text = cast(str, override.input_line)
-        try:
-            compose_run([*kept, text])
-        except FAILURES as error:
-            found.append(Problem(override.key_or_group, _explain(override, error, kept)))
-        else:
-            kept.append(text)
+    left = sorted(parsed, key=lambda each: ranks.get(each.key_or_group, 2))
+    while left:
+        words = [cast(str, each.input_line) for each in left]
+        fit, unfit = 0, len(left) + 1  # so many of them work together, and so many do not
+        failure: Exception | None = None
+        while unfit - fit > 1:
+            tried = len(left) if failure is None else (fit + unfit) // 2
+            try:
+                compose_run([*kept, *words[:tried]])
+            except FAILURES as error:
+                unfit, failure = tried, error
+            else:
+                fit = tried
+        kept += words[:fit]
+        if failure is not None:
+            found.append(Problem(left[fit].key_or_group, _explain(left[fit], failure, kept)))
+        left = left[unfit:]
     return kept, found
 
 

@@ -33,9 +33,10 @@ def load(overrides: Sequence[str], *, trains: bool = True) -> LaunchConfig:
     """
     with session():
         overrides = with_models(overrides)
-        config, found = check(overrides, trains=trains)
+        parsed, _ = parse_overrides(overrides)
+        config, found = check(overrides, parsed, trains=trains)
         if config is not None:
-            found += unused_problems([config], own_words(parse_overrides(overrides)[0]))
+            found += unused_problems([config], own_words(parsed))
     if config is None or found:
         raise ConfigError(listed([problem.text for problem in found]))
     return filled(config)
@@ -61,14 +62,22 @@ def checked(composed: DictConfig) -> LaunchConfig:
     return filled(config)
 
 
-def check(overrides: Sequence[str], *, trains: bool = True) -> tuple[LaunchConfig | None, list[Problem]]:
-    """The config before it is filled, ``None`` if it cannot be composed, and its problems; needs a ``session``."""
+def check(
+    overrides: Sequence[str], parsed: Iterable[Override], *, trains: bool = True
+) -> tuple[LaunchConfig | None, list[Problem]]:
+    """The config before it is filled, ``None`` if it cannot be composed, and its problems; needs a ``session``.
+
+    Args:
+        overrides: Of one run.
+        parsed: The same, as Hydra's grammar reads them.
+        trains: As in ``load``.
+    """
     try:
         config = to_config(compose_run(overrides))
     except FAILURES as error:
         return None, _all_problems(overrides, error, trains=trains)
     config, found = _ruled(config, trains=trains)
-    return config, [*respelled(overrides), *found]
+    return config, [*respelled(parsed), *found]
 
 
 def _ruled(config: LaunchConfig, *, trains: bool = True) -> tuple[LaunchConfig, list[Problem]]:

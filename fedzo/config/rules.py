@@ -91,6 +91,7 @@ def run_problems(config: RunSettings) -> Iterator[Problem]:
             yield from broken_rules(plugin, config)
     yield from broken_rules(config.estimator, config)
     yield from trait_rules.gradient_problems(config)
+    yield from trait_rules.score_problems(config)
     yield from broken_rules(config.server_optimizer, config)
     yield from trait_rules.server_optimizer_problems(config)
     yield from _fl(config)
@@ -147,6 +148,7 @@ def _limits(limits: SiteLimitsConfig) -> Iterator[Problem]:
     numbers = [NONE, LOSS, *metrics, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES]
     for key, known in (
         ("trainers", sorted(plugin_classes()["trainer"])),
+        ("estimators", sorted(plugin_classes()["estimator"])),
         ("stages", sorted(list_classes()["preprocess"])),
         ("answers", numbers if all_told else [*numbers, *limits.answers]),  # a name may be of who did not tell
     ):
@@ -168,9 +170,10 @@ def _model(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
     model, longest = site.model, run.task.max_length
     if not model.name.strip():
         yield problem("model.name", "be a hub name or a local folder", model.name, "Write model=<name or folder>.")
-    if model.tokens_per_batch < longest:
+    if 0 != model.tokens_per_batch < longest:
         rule = f"be >= task.max_length ({longest}), so that one sequence fits"
-        yield problem("model.tokens_per_batch", rule, model.tokens_per_batch, "Raise it, or lower task.max_length.")
+        remedy = "Raise it, write 0 for as many as suit the device, or lower task.max_length."
+        yield problem("model.tokens_per_batch", rule, model.tokens_per_batch, remedy)
     yield from at_least("model.lower_layers_cache_mb", model.lower_layers_cache_mb, 0, "0 keeps no rows.")
     if model.lower_layers_cache_mb and not model.reuse_lower_layers:
         rule = "be true where rows are kept (model.lower_layers_cache_mb > 0)"

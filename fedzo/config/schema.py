@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
-from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
+from fedzo.data.config import DataConfig, Loss, SplitConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletEqualConfig
 from fedzo.data.preprocess import StageConfig
 from fedzo.data.preprocess.backend import NoRewriterConfig, RewriterConfig
 from fedzo.evaluate import AnswersConfig, EvaluatorConfig
-from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, SiteLimitsConfig, StrategyConfig
+from fedzo.fl.config import BestBy, EvaluationConfig, FaultsConfig, FlConfig, SiteLimitsConfig, StrategyConfig
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.plan import StepPolicyConfig
 from fedzo.models.config import BaseConfig, ModelConfig
@@ -74,8 +74,8 @@ class SiteConfig:
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     threads: int = 0
-    """CPU threads of torch and Numba. 0 = OMP_NUM_THREADS, or else all CPUs. The number of threads changes the last
-    bits of losses."""
+    """CPU threads of torch and Numba. 0 = OMP_NUM_THREADS, or else the CPUs that the process may use. The number of
+    threads changes the last bits of losses."""
     artifact_max_bytes: int = MAX_BYTES
     """Size of the largest artifact that a client of this machine takes from a server."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -124,10 +124,17 @@ def with_rounds(config: Settings, rounds: int) -> Settings:
 
 
 def filled(config: Settings) -> Settings:
-    """The config with what was left to other parts: ``server_optimizer.lr`` and ``estimator.eps``, keys of stages."""
+    """The config with what was left to other parts.
+
+    These are ``server_optimizer.lr`` and ``estimator.eps``, keys of stages, and ``evaluation.best_by`` of
+    ``task.loss=score``.
+    """
     trainer, optimizer, estimator = config.trainer, config.server_optimizer, config.estimator
     if isinstance(estimator, ZerothOrderConfig):
         estimator = replace(estimator, eps=trainer.eps if estimator.eps is None else estimator.eps)
     optimizer = replace(optimizer, lr=optimizer.lr_in(config))
+    evaluation = config.evaluation
+    if config.task.loss is Loss.score:
+        evaluation = replace(evaluation, best_by=BestBy.value)
     stages = {name: stage.filled(config.task) for name, stage in config.preprocess.items()}
-    return replace(config, server_optimizer=optimizer, estimator=estimator, preprocess=stages)
+    return replace(config, server_optimizer=optimizer, estimator=estimator, evaluation=evaluation, preprocess=stages)

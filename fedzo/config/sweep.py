@@ -42,11 +42,16 @@ class Sweep(NamedTuple):
 def is_sweep(overrides: Sequence[str]) -> bool:
     """Whether ``hydra.mode`` asks for a sweep, on the command line or in a file that it names.
 
+    Args:
+        overrides: As ``with_models`` gives them.
+
     Raises:
         ConfigError: Hydra would change the working folder.
     """
     with session():
-        parsed, _ = parse_overrides(with_models(overrides))
+        parsed, _ = parse_overrides(overrides)
+        if not any(map(_concerns_hydra, parsed)):
+            return False  # without a composition, which takes as long as all of the check
         try:
             own, _ = _hydra_node(parsed)
         except ConfigError:  # of a sweep; a run's own problems are found when it is loaded
@@ -102,7 +107,8 @@ def _without_globs(overrides: Sequence[str]) -> list[str]:
 
 
 def _concerns_hydra(override: Override) -> bool:
-    return (override.is_hydra_override() or override.key_or_group == "experiment") and not override.is_sweep_override()
+    may = override.is_hydra_override() or override.key_or_group in ("hydra", "experiment")
+    return may and not override.is_sweep_override()
 
 
 def _hydra_node(parsed: Sequence[Override]) -> tuple[DictConfig, list[Problem]]:
@@ -243,7 +249,7 @@ def _checked(
 ) -> list[tuple[LaunchConfig | None, list[Problem]]]:
     """The settings and the problems of each job.
 
-    To look for what is wrong takes a composition a word. Those that all jobs have are looked at once for all jobs of
+    To look for what is wrong takes compositions. The words that all jobs have are looked at once for all jobs of
     the same choices, on which it depends what settings there are.
     """
     common, groups = set(jobs[0]).intersection(*jobs), group_names(jobs[0])
@@ -253,7 +259,8 @@ def _checked(
     for job in jobs:
         shared = tuple(text for text in job if text in common or text.partition("=")[0] in choices)
         kept, refused = diagnosed.get(shared, (shared, []))
-        config, found = check([text for text in job if text in kept or text not in shared])
+        own = [text for text in job if text in kept or text not in shared]
+        config, found = check(own, parse_overrides(own)[0])
         checked.append((None if refused else config, [*refused, *others(found, refused=refused)]))
         if config is None and shared not in diagnosed:
             diagnosed[shared] = diagnose(shared)

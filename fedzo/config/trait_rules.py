@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from fedzo.config.plugins import option_of, plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig
+from fedzo.data.config import Loss
 from fedzo.data.tasks import has_labels, lists_candidates
 from fedzo.errors import Problem, problem
 from fedzo.fl.config import Aggregation, Directions, Weighting
@@ -54,6 +55,9 @@ def quantization_problems(site: SiteConfig, config: RunSettings) -> Iterator[Pro
 def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
     """Where peers may choose the dtype for themselves."""
     dtype = site.model.dtype
+    if dtype is DType.auto and config.task.loss is Loss.score:
+        rule = "be float32, bfloat16 or float16 for task.loss=score: scores tell little of how exact a dtype is"
+        yield problem("model.dtype", rule, "auto", "Write model.dtype=float32 if in doubt.")
     if config.trainer.traits.float32_master:
         return
     trainer = option_of(config, "trainer")
@@ -198,6 +202,21 @@ def gradient_problems(config: RunSettings) -> Iterator[Problem]:
     if config.strategy.aggregation is Aggregation.majority_sign:
         rule = f"be mean, median or trimmed_mean for {chosen}: a vector is not a vote"
         yield problem("strategy.aggregation", rule, "majority_sign", f"Write strategy.aggregation=mean, {other}")
+
+
+def score_problems(config: RunSettings) -> Iterator[Problem]:
+    """What trains on an evaluator's value needs, and cannot have."""
+    if config.task.loss is not Loss.score:
+        return
+    if not config.evaluators:
+        rule = "name one for task.loss=score, which trains on the value of the first"
+        yield problem("evaluators", rule, [], "Write evaluators=[answers], or another task.loss.")
+    if config.estimator.sends_vectors:
+        rule = f"be candidates or lm for {option_of(config, 'estimator')}, since the value of a score has no gradient"
+        yield problem("task.loss", rule, "score", "Choose another estimator, such as two_point, or another loss.")
+    if config.estimator.freezes_routing:
+        rule = "be false for task.loss=score: held choices (argmax) are also those by which a text is written"
+        yield problem("estimator.freeze_routing", rule, True, "Leave it out, or choose another task.loss.")
 
 
 def step_policy_problems(config: RunSettings) -> Iterator[Problem]:

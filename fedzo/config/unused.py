@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fedzo.config.plugins import option_of
 from fedzo.config.schema import LaunchConfig
+from fedzo.data.config import Loss
 from fedzo.data.tasks import lists_candidates, num_labels
 from fedzo.errors import Problem, printable
-from fedzo.fl.config import Aggregation, Directions, Weighting
+from fedzo.fl.config import Aggregation, BestBy, Directions, Weighting
 from fedzo.models.config import DType
 from fedzo.trainers.base import TrainerConfig
 from fedzo.trainers.calibration import CalibratedConfig
@@ -118,6 +119,8 @@ def _of_scores(config: LaunchConfig) -> Iterator[Row]:
         yield "evaluation.best_by", why, "Leave it out."
         if evaluation.every_rounds:
             yield "evaluation.every_rounds", why, "For scores of clients, write evaluation.federated_every_rounds."
+    elif config.task.loss is Loss.score and evaluation.best_by is BestBy.loss:
+        yield "evaluation.best_by", "for task.loss=score, with which the value chooses", "Leave it out."
     held = {"partition.holdout=0": config.partition.holdout == 0}
     if (lacks := _first(nobody | held)) and evaluation.federated_every_rounds > 0:
         yield "evaluation.federated_every_rounds", f"for {lacks}, with which no client scores a row", "Leave it out."
@@ -127,16 +130,18 @@ def _of_scores(config: LaunchConfig) -> Iterator[Row]:
 
 
 def _of_forwards(config: LaunchConfig) -> Iterator[Row]:
-    model, estimator = config.model, config.estimator
+    model, estimator, names = config.model, config.estimator, ["cuda_graphs", "lower_layers_cache_mb"]
     if model.compile:
         chosen = "model.compile=true"
     elif estimator.sends_vectors:
         chosen = option_of(config, "estimator")
     elif estimator.freezes_routing:
         chosen = "estimator.freeze_routing=true"
+    elif config.task.loss is Loss.score:
+        chosen, names = "task.loss=score", ["lower_layers_cache_mb"]
     else:
         return
-    for name in ("cuda_graphs", "lower_layers_cache_mb"):
+    for name in names:
         if getattr(model, name):
             yield f"model.{name}", f"for {chosen}, with which it is not used", "Leave it out."
 

@@ -5,6 +5,7 @@ The rule holds for the files that Hydra composes (outside fedzo's own ``conf``) 
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from fedzo.errors import ConfigError
 from fedzo.trainers.base import InputsConfig
 
 _GLOBAL = "experiment"  # the group whose files hold keys of all others
+_own_files: dict[tuple[str, Path, int, int], ConfigResult] = {}  # as Hydra read them, until they change
 
 
 def texts() -> dict[str, frozenset[str]]:
@@ -128,10 +130,16 @@ class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's reader of files, with users' files checked. It has the name of Hydra's, which then never replaces it."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """As Hydra's; a byte order mark hides no ``# @package``."""
+        """As Hydra's; a byte order mark hides no ``# @package``. A process parses each of fedzo's own files once."""
         path = (Path(self.path) / self._normalize_file_name(config_path)).resolve()
-        if not path.is_file() or path.is_relative_to(conf_dir().resolve()):
+        if not path.is_file():
             return super().load_config(config_path)
+        if path.is_relative_to(conf_dir().resolve()):
+            state = path.stat()
+            key = str(self), path, state.st_mtime_ns, state.st_size
+            if key not in _own_files:
+                _own_files[key] = super().load_config(config_path)
+            return copy.deepcopy(_own_files[key])  # Hydra takes the defaults list out of what it gets
         text = checked_text(path)
         header = self._get_header_dict(text)
         if path.parent.name == _GLOBAL and not header.get("package"):

@@ -56,7 +56,10 @@ class Answers:
         tokens_per_batch: int,
         on_batch: OnProgress | None = None,
     ) -> Score:
-        """The score, with the task's loss; ``on_batch`` counts answers where they are written."""
+        """The score, with the task's loss; ``on_batch`` counts answers where they are written.
+
+        Of ``task.loss=score``, candidates have their own loss, and written answers none.
+        """
         if task.kind is not TaskKind.candidates:
             return self._written(loaded, examples, task, tokens_per_batch=tokens_per_batch, on_batch=on_batch)
         scores = candidate_scores(
@@ -96,8 +99,15 @@ class Answers:
             (after_thought(answer), [after_thought(right) for right in example.references])
             for answer, example in zip(answers, examples, strict=True)
         ]
-        cost = forward_cost(loaded.device)
-        loss = mean_loss(loaded, examples, loss=Loss.lm, tokens_per_batch=tokens_per_batch, forward_cost_tokens=cost)
+        loss: float | None = None
+        if task.loss is not Loss.score:  # else the value is the loss, and no forward is spent on another one
+            loss = mean_loss(
+                loaded,
+                examples,
+                loss=Loss.lm,
+                tokens_per_batch=tokens_per_batch,
+                forward_cost_tokens=forward_cost(loaded.device),
+            )
         value = _mean_best(token_f1 if written else rouge_l, judged)
         numbers = {_EXACT_MATCH: _mean_best(exact_match, judged)} if written else {}
         return self.measure(task).score(value, loss=loss, num_examples=len(examples), numbers=numbers)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError, FedzoError, ProtocolError
 from fedzo.models.loaded import LoadedModel
 from fedzo.records.decode import decode, parse_json
 from fedzo.records.fields import MAX_READING
-from fedzo.records.scores import MAX_LOSS, MAX_NUMBERS, PartialScore, Score, known
+from fedzo.records.scores import MAX_LOSS, MAX_NUMBERS, PartialScore, Score, known, lowered
 from fedzo.registry import PluginConfig, Registry, returned
 from fedzo.system import OnProgress
 
@@ -138,6 +139,39 @@ def evaluate(
         got = ", ".join(score.numbers)[:80]
         raise ConfigError(f"{where} must report the numbers {', '.join(wanted) or 'none'}, got {got or 'none'}")
     return score
+
+
+def trained(task: TaskConfig, evaluators: Mapping[str, Evaluator]) -> Evaluator | None:
+    """The evaluator whose value is the loss: the first, with ``task.loss=score``."""
+    return next(iter(evaluators.values())) if task.loss is Loss.score else None
+
+
+def loss_name(task: TaskConfig, evaluators: Mapping[str, Evaluator]) -> str:
+    """What the losses of a run's steps are called: ``loss``, or ``loss (-token_f1)`` where a value is one."""
+    if (evaluator := trained(task, evaluators)) is None:
+        return LOSS
+    measure = evaluator.measure(task)
+    return f"{LOSS} ({lowered(measure.metric, lower_is_better=measure.lower_is_better)})"
+
+
+def value_as_loss(
+    evaluator: Evaluator,
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    task: TaskConfig,
+    *,
+    tokens_per_batch: int,
+) -> float:
+    """An evaluator's value with a minus where higher is better; NaN outside of its measure.
+
+    Raises:
+        PluginError: It gives no score.
+    """
+    given = evaluator.evaluate(loaded, examples, task, tokens_per_batch=tokens_per_batch)
+    value, measure = returned(given, Score, by=evaluator, method="evaluate").value, evaluator.measure(task)
+    if not measure.low <= value <= measure.high:
+        return math.nan
+    return value if measure.lower_is_better else 0.0 - value  # a value of 0 is no loss of -0
 
 
 def scores_of_peer(

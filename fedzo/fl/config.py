@@ -144,7 +144,7 @@ class EvaluationConfig:
     """Number of rounds between two scores on the dev rows. 0 = only at the end."""
     best_by: BestBy = BestBy.loss
     """The dev score that chooses the best round, whose model is tested and exported. The score is that of the first
-    evaluator in ``evaluators``."""
+    evaluator in ``evaluators``. With ``task.loss=score``, the value chooses."""
     central: bool = True
     """Whether the server scores the dev and test rows. Write false for ``partition=own``, where the server has
     none."""
@@ -164,6 +164,8 @@ class SiteLimitsConfig:
     """Values of ``task.name`` that the site takes part in. Empty = any."""
     trainers: list[str] = field(default_factory=list)
     """Trainers that the site takes part in, by name. Empty = any."""
+    estimators: list[str] = field(default_factory=list)
+    """Estimators that the site takes part in, by name. Empty = any."""
     stages: list[str] = field(default_factory=list)
     """Preprocess stages that may change the site's training rows, by name. Empty = any."""
     base_digest: str = ""
@@ -183,7 +185,8 @@ class SiteLimitsConfig:
     answers: list[str] = field(default_factory=list)
     """Numbers that may leave the site: ``loss`` (also of local steps), an evaluator's metric or other number by its
     name, ``per_class``, ``label_counts``, ``stages`` (what preprocess stages report). Empty = all, ``[none]`` = none
-    of them. ``per_class`` leaves only with the metric, which can be computed from it."""
+    of them. ``per_class`` leaves only with the metric, which can be computed from it. So do the losses of local steps
+    with ``task.loss=score``."""
     min_rows: int = 0
     """Minimum of rows behind a score or a count that leaves the site. Scalars of training steps are not limited."""
     vectors: bool = False

@@ -92,6 +92,7 @@ class Refusal(StrEnum):
     losses = "21", "its site does not send the losses of its local steps, which this run needs"
     vectors = "22", "its site does not send update vectors, which this run needs"
     probes = "23", "its site does not take so many probes a local step"
+    estimator = "24", "its site does not take part in this estimator"
     failed = "31", "the client failed to do what was asked"
     foreign = "32", "the request does not belong to this run"
     absent = "33", "the client is absent in this round, as faults.absent asks"

@@ -50,22 +50,24 @@ def as_site_error(error: Exception) -> SiteError:
     return SiteError(Refusal.foreign if isinstance(error, ProtocolError) else Refusal.failed, what)
 
 
-def check_run(limits: SiteLimitsConfig, run: RunConfig, *, trainer: str | None) -> None:
+def check_run(limits: SiteLimitsConfig, run: RunConfig, *, trainer: str | None, estimator: str | None) -> None:
     """Refuse a run that its settings alone rule out, before a model is loaded for it.
 
     Args:
         limits: The site's.
         run: What its peers agreed on.
         trainer: Name of its trainer.
+        estimator: Name of its estimator.
 
     Raises:
-        SiteError: The run has a task, trainer, stage or base that the site does not take part in, or more work in a
-            round than it takes, or needs label counts, vectors or the losses of local steps, and these do not leave the
-            site.
+        SiteError: The run has a task, trainer, estimator, stage or base that the site does not take part in, or more
+            work in a round than it takes, or needs label counts, vectors or the losses of local steps, and these do not
+            leave the site.
     """
     for key, allowed, asked, refusal in (
         ("tasks", limits.tasks, [run.task.name], Refusal.task),
         ("trainers", limits.trainers, [trainer], Refusal.trainer),
+        ("estimators", limits.estimators, [estimator], Refusal.estimator),
         ("stages", limits.stages, [*run.preprocess], Refusal.stage),
     ):
         if allowed and (stray := [name for name in asked if name not in allowed]):

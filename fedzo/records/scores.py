@@ -66,3 +66,8 @@ class Score(PartialScore):
 def known(value: float) -> float | None:
     """None for a number that is not finite."""
     return float(value) if math.isfinite(value) else None
+
+
+def lowered(metric: str, *, lower_is_better: bool) -> str:
+    """What a value is called where it is a loss: with a minus where higher is better."""
+    return metric if lower_is_better else f"-{metric}"

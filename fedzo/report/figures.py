@@ -74,7 +74,7 @@ def _loss(run: RunData) -> Picture | None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)  # above the lines
     else:
         axes.plot(rounds, gaps(losses), color=BLUE, marker="o", markersize=4, clip_on=False)
-    axes.set_ylabel("training loss (nats)")
+    axes.set_ylabel(f"training loss ({run.loss_unit})")
     _rounds_axis(axes, rounds[-1])
     head, tail = statistics.fmean(measured[:window]), statistics.fmean(measured[-window:])
     caption = (

@@ -167,7 +167,9 @@ def _numbers(run: RunData) -> Table:
         rows.append(["time to prepare the trainer", seconds_text(run.setup.prepare_seconds)])
     rows += [["time of rounds", seconds_text(run.round_seconds)], ["time with scores", seconds_text(run.seconds)]]
     for best in (score for score in run.first.dev if run.summary and score.round == run.summary.best_round):
-        found = f"loss {number_text(best.loss)}, {best.metric} {score_text(best.metric, best.value)}"
+        found = f"{best.metric} {score_text(best.metric, best.value)}"
+        if best.loss is not None:
+            found = f"loss {number_text(best.loss)}, {found}"
         rows.append(["best dev round", f"{best.round} ({found})"])
     if run.setup:
         trained = f"{count_text(run.setup.space_size)} of {count_text(run.setup.num_params)}"
@@ -187,17 +189,20 @@ def _numbers(run: RunData) -> Table:
         rows.append([what, f"{bytes_text(totals[0])} up, {bytes_text(totals[1])} down"])
     if run.trained:
         ends = [number_text(line.loss) for line in (run.trained[0], run.trained[-1])]
-        rows.append(["loss, first and last round", ", ".join(ends)])
+        loss = "loss" if run.loss_unit == "nats" else f"loss ({run.loss_unit})"
+        rows.append([f"{loss}, first and last round", ", ".join(ends)])
         if spreads := [spread for line in run.trained if (spread := _spread(line)) is not None]:
             typical, largest = number_text(statistics.median(spreads)), number_text(max(spreads))
             rows.append(["loss spread (max - min) over a round's clients", f"{typical} (median), {largest} (largest)"])
     if run.decision:
         rows.append(["flagged clients", flagged_text(run.flagged, fallback=run.decision.fallback)])
     for last in (scored.federated[-1] for scored in run.scored if scored.federated):
-        value, loss = last.num_told("value"), last.num_told("loss")
-        if min(value, loss) < clients:
-            told = f"{value} and {loss} of {counted(clients, 'client')}"
-            rows.append([f"own held-out rows: {last.metric} and loss reported by", told])
+        told = {last.metric: last.num_told("value")}
+        if run.loss_unit == "nats":  # else the value is the loss
+            told["loss"] = last.num_told("loss")
+        if min(told.values()) < clients:
+            counts = f"{' and '.join(map(str, told.values()))} of {counted(clients, 'client')}"
+            rows.append([f"own held-out rows: {' and '.join(told)} reported by", counts])
     if run.summary:
         rows.append(["SHA-256 of the trained values", run.summary.final_digest or MISSING])
     return Table("Numbers", rows)

@@ -82,10 +82,13 @@ def draw_local_losses(run: RunData, traces: Mapping[int, Trace]) -> Picture | No
         peaks += draw_client(axes, trace.at, trace.loss, trace.loss, colour=colours[client], means=means)
     thick_name = f"mean of {last(means.window)}" if means.window > 1 else "loss of a batch"
     names = [thick_name, f"loss of a batch{means.of_thin}"]
-    label_panels(run, figure, grid, top=max(peaks), unit="loss (nats)", names=names)
+    least = min(value for trace in traces.values() for value in trace.loss if value is not None)
+    unit = run.loss_unit
+    label_panels(run, figure, grid, top=max(peaks), least=least, unit=f"loss ({unit})", names=names)
+    zero = "A loss near 0 means that the client has learned its rows. " if unit == "nats" else ""
     caption = (
-        "The loss of each client's batch before every local step. A loss near 0 means that the client has learned "
-        "its rows. A rising loss means that the steps of other clients hurt this client."
+        f"The loss of each client's batch before every local step. {zero}A rising loss means that the steps of other "
+        "clients hurt this client."
     )
     return Picture("local_losses", "Loss per client", caption, figure)
 

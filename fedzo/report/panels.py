@@ -102,10 +102,18 @@ def draw_client(
 
 
 def label_panels(
-    run: RunData, figure: Figure, grid: Mapping[int, Axes], *, top: float, unit: str, names: Sequence[str]
+    run: RunData,
+    figure: Figure,
+    grid: Mapping[int, Axes],
+    *,
+    top: float,
+    least: float = 0.0,
+    unit: str,
+    names: Sequence[str],
 ) -> None:
     """Axes' names, the legend of the thick and the thin line (one where both are the same), the scale of colours."""
-    next(iter(grid.values())).set_ylim(0, 1.1 * top or 1.0)  # the panels share it
+    low, high = 1.1 * min(least, 0.0), 1.1 * max(top, 0.0)
+    next(iter(grid.values())).set_ylim(low, high if high > low else 1.0)  # the panels share it
     figure.supxlabel("local steps, rounds one after another", color=MUTED, fontsize=9)
     figure.supylabel(unit, color=MUTED, fontsize=9)
     lines = [Line2D([], [], color=INK, linewidth=1.9), Line2D([], [], color=INK, alpha=0.5, linewidth=0.8)]

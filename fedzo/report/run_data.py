@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fedzo.data.config import Loss
 from fedzo.errors import RunFolderError
 from fedzo.fl.log_store import belongs
 from fedzo.records.decode import decode
@@ -31,6 +32,7 @@ from fedzo.records.metrics import (
     Summary,
     decode_metric,
 )
+from fedzo.records.scores import PartialScore, lowered
 from fedzo.records.texts import of_environment, of_yaml, read_mapping
 
 _DECISIVE = ("fedzo", "python", "device", "threads", "cpu_capability", "float32_matmul_precision")
@@ -131,6 +133,14 @@ class RunData:
     def trained(self) -> tuple[Round, ...]:
         """The rounds that moved the model: the losses of a calibration are of paths that were given up."""
         return tuple(record for record in self.rounds if not record.calibration)
+
+    @property
+    def loss_unit(self) -> str:
+        """What the losses of steps are measured in: nats, or the value that is trained (``task.loss=score``)."""
+        if self.setting("task", "loss") != Loss.score:
+            return "nats"
+        scores: list[PartialScore] = [*self.first.central, *self.first.federated]
+        return lowered(scores[0].metric, lower_is_better=scores[0].lower_is_better) if scores else "score"
 
     @property
     def first(self) -> Scored:

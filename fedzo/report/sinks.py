@@ -25,6 +25,7 @@ class ProgressSink:
         completed: Rounds that were done before it was resumed.
         sent_bytes: Message bytes up and down of those rounds.
         evaluator: Whose scores the live line shows.
+        loss: What the losses of a round are called.
         payload: What clients send, ``scalars`` or ``vectors``.
         enabled: Whether to print at all.
     """
@@ -36,12 +37,14 @@ class ProgressSink:
         completed: int = 0,
         sent_bytes: tuple[int, int] = (0, 0),
         evaluator: str | None = None,
+        loss: str = "loss",
         payload: str = "scalars",
         enabled: bool = True,
     ) -> None:
         self._rounds = rounds
         self._up, self._down = sent_bytes
         self._evaluator = evaluator
+        self._loss = loss
         self._payload = payload
         self._score = ""
         self._last_print = 0.0
@@ -96,6 +99,10 @@ class ProgressSink:
                 f"estimate: {bytes_text(estimate.memory_bytes)} of memory per step, "
                 f"{seconds_text(estimate.seconds)} for all forwards in one process"
             )
+            if estimate.parts and estimate.free_bytes is not None:
+                parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in estimate.parts.items())
+                free = bytes_text(estimate.free_bytes)
+                self._console.print(f"  on {estimate.device}: {parts}; beside the weights {free} are free")
 
     def _round(self, record: Round) -> None:
         self._count_bytes(record)
@@ -103,7 +110,7 @@ class ProgressSink:
         told = (record.round, record.seconds)
         self._recent = [told] if record.calibration else [*self._recent[-20:], told]
         loss = "-" if record.loss is None else f"{record.loss:.3f}"
-        note = f"loss {loss}  {self._score}up {bytes_text(self._up)}  down {bytes_text(self._down)}"
+        note = f"{self._loss} {loss}  {self._score}up {bytes_text(self._up)}  down {bytes_text(self._down)}"
         done = record.round + 1
         self._progress.update(self._task, completed=done, note=note, visible=True)
         now = time.monotonic()

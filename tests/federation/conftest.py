@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 
+from fedzo.config import compose
 from fedzo.config.plugins import plugin_classes
 from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
 from fedzo.trainers import calibration
@@ -164,6 +166,24 @@ def finished(run_once: Callable[..., Path], overrides: Callable[..., list[str]],
     """As ``run``, for tests of what is done with a run's folder: equal runs are made once, and each gets a copy."""
     count = iter(range(100))
     return lambda *extra: shutil.copytree(run_once(*overrides(*extra)), tmp_path / f"finished{next(count)}")
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Register a plugin of a third party for one test."""
+    stored: list[tuple[str, str]] = []
+
+    def add(group: str, name: str, registry: Any, config_class: type, factory: Callable[..., Any]) -> None:
+        monkeypatch.setattr(registry, "_configs", dict(registry._configs))
+        monkeypatch.setattr(registry, "_factories", dict(registry._factories))
+        registry.register(name, config_class)(factory)
+        stored.append((group, name))
+
+    yield add
+    for group, name in stored:
+        for file in (name, f"{name}_schema"):
+            ConfigStore.instance().repo[group].pop(f"{file}.yaml", None)
+    compose._stored.clear()  # what was stored, by which the next test with these plugins would not store them
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hydra.core.config_store import ConfigStore
 
 from fedzo.commands.replay import replay_run
 from fedzo.commands.resume import resume_run
@@ -209,23 +208,6 @@ def test_moments_for_all_weights_are_refused_before_any_work(overrides: Callable
         "estimator.num_probes must be >= 2, got 1",
     ):
         assert part in text
-
-
-@pytest.fixture
-def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Register a plugin of a third party for one test."""
-    stored: list[tuple[str, str]] = []
-
-    def add(group: str, name: str, registry: Any, config_class: type, factory: Callable[..., Any]) -> None:
-        monkeypatch.setattr(registry, "_configs", dict(registry._configs))
-        monkeypatch.setattr(registry, "_factories", dict(registry._factories))
-        registry.register(name, config_class)(factory)
-        stored.append((group, name))
-
-    yield add
-    for group, name in stored:
-        for file in (name, f"{name}_schema"):
-            ConfigStore.instance().repo[group].pop(f"{file}.yaml", None)
 
 
 def test_a_step_policy_that_needs_labels_gets_them_before_the_first_round(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,11 +15,13 @@ import torch
 
 from fedzo.data.encode import Example
 from fedzo.errors import PluginError
+from fedzo.evaluate.base import Evaluator, value_as_loss
 from fedzo.fl.client.local_update import Batches
 from fedzo.fl.clip import NO_BOUND, clip, sent_losses
 from fedzo.fl.config import Aggregation, directions_of
 from fedzo.fl.messages import ScalarReply, TrainRequest, scalars_to_bytes, signs_to_bytes
 from fedzo.fl.replica import Workspace
+from fedzo.models.compiled import CompiledDecoder
 from fedzo.models.forwards import OnRows, Planning
 from fedzo.models.lower_layers import StepStates
 from fedzo.models.products import use_products
@@ -45,18 +49,22 @@ class ScalarUpdate:
         config: The run's settings.
         batches: The rows of each step.
         estimator: Turns losses into scalars.
+        evaluator: Whose value is the loss of a step; None where its rows have losses of their own.
     """
 
     reply_type: ClassVar[type[ScalarReply]] = ScalarReply
 
-    def __init__(self, config: RunSettings, batches: Batches, estimator: Estimator) -> None:
+    def __init__(
+        self, config: RunSettings, batches: Batches, estimator: Estimator, evaluator: Evaluator | None = None
+    ) -> None:
         self.config = config
         self.num_probes = config.estimator.probes_per_step
         self.signs = config.strategy.aggregation is Aggregation.majority_sign
         self._batches = batches
         self._estimator = estimator
+        self._evaluator = evaluator
         self._ahead: dict[tuple[int, int, int], list[Projection]] = {}  # by client, round and step
-        self._walks_together = True
+        self._most_shared = math.inf  # of a round's local steps, how many are shared: memory may say none or one
 
     def make(self, workspace: Workspace, request: TrainRequest) -> ScalarReply:
         replica = workspace.replica
@@ -93,6 +101,11 @@ class ScalarUpdate:
             return self._ahead.pop((request.client, request.round, step))
         batch = self._batches.of(request, step=step)
         keys = self._keys(request, step=step)
+        if self._evaluator is not None:
+            loaded = replace(workspace.loaded, shared_prompts=False)  # whose last bits differ between processes
+            most = workspace.tokens_per_batch
+            value = partial(value_as_loss, self._evaluator, loaded, batch, self.config.task, tokens_per_batch=most)
+            return self._estimator.estimate(workspace.replica.space, value, keys)
         lower = self._step_states(workspace, [request.client])
 
         def loss_fn() -> float:
@@ -127,34 +140,40 @@ class ScalarUpdate:
 
         Clients that share directions are at the same theta in a round's first step, so their rows can share
         forwards. In later steps (T > 1) each is somewhere else, and the space must have a way to compute rows with
-        weights of their own (``row_weights``). Without one, or where memory does not hold them, those steps are each
-        client's own. The losses differ from those of separate forwards in their last bits only: a product's rounding
-        depends on the number of its rows.
+        weights of their own (``row_weights``). Without one those steps are each client's own, and so is from then on
+        what memory does not hold. The losses differ from those of separate forwards in their last bits only: a
+        product's rounding depends on the number of its rows. An evaluator's values share none.
+
+        Rows with weights of their own run eagerly where the others run as CUDA graphs, which do not know them.
 
         Args:
             workspace: The model, at the round's start.
             requests: Requests of one round, by client.
         """
         self._ahead.clear()
-        space = workspace.replica.space
-        later = any(request.steps > 1 for request in requests.values())
-        shareable = later and self._walks_together and workspace.loaded.decoder is None
-        own = space.row_weights(workspace.loaded.model) if shareable else None
+        if self._evaluator is not None or not self._most_shared:  # a value is of one batch
+            return
+        loaded, lower = workspace.loaded, workspace.lower
+        later = self._most_shared > 1 and any(request.steps > 1 for request in requests.values())
+        shareable = later and not isinstance(loaded.decoder, CompiledDecoder)
+        own = workspace.replica.space.row_weights(loaded.model) if shareable else None
+        eager = replace(workspace, loaded=replace(loaded, decoder=None), lower=lower and replace(lower, evaluate=None))
         walks = _Walks(workspace, requests, self.take)
         step, walking = 0, requests
         while walking:
             try:
                 estimates = self._estimate_together(
-                    workspace, walking, step=step, own=own if step else None, offset_of=walks.offset
+                    eager if step else workspace, walking, step=step, own=own if step else None, offset_of=walks.offset
                 )
             except (RuntimeError, MemoryError) as error:
-                if step == 0 or not (isinstance(error, NotImplementedError) or is_out_of_memory(error)):
+                if not (is_out_of_memory(error) or (step and isinstance(error, NotImplementedError))):
                     raise
                 log.warning(
-                    "clients cannot share the forwards of later local steps with this model on this device: %s",
+                    "clients cannot share the forwards of %s with this model on this device: %s",
+                    "later local steps" if step else "a round",
                     " ".join(str(error).split())[:400],
                 )
-                self._walks_together = False
+                self._most_shared = 1 if step else 0
                 return
             for (client, request), projections in zip(walking.items(), estimates, strict=True):
                 self._ahead[client, request.round, step] = projections

@@ -18,7 +18,7 @@ from fedzo.data.preprocess.backend import EndpointError, RecipeError
 from fedzo.data.tasks import num_labels
 from fedzo.errors import FedzoError, ProtocolError, printable
 from fedzo.evaluate import Evaluator, evaluate
-from fedzo.evaluate.base import LOSS
+from fedzo.evaluate.base import LOSS, trained
 from fedzo.fl.artifact_transfer import receive
 from fedzo.fl.client.local_update import LocalUpdate
 from fedzo.fl.config import SiteLimitsConfig
@@ -131,6 +131,8 @@ class ClientWorker:
         self._run = limits.run
         self._site = limits.site.limits
         self._evaluators = evaluators
+        scored = trained(limits.run.task, evaluators)
+        self._losses_tell = [LOSS] if scored is None else [LOSS, scored.measure(limits.run.task).metric]
         self._artifacts = artifacts
         self._absent = parse_absent(limits.run.faults.absent)
 
@@ -193,7 +195,7 @@ class ClientWorker:
         if workspace is None or status is not Status.ok:
             return self.update.reply_type(status=status, position=workspace.replica.position if workspace else 0)
         reply = self.update.make(workspace, request)
-        if leaves(self._site, LOSS):
+        if all(leaves(self._site, name) for name in self._losses_tell):
             return reply
         unknown = np.full(len(reply.loss) // 4, np.nan, np.float32)  # as many, and none of them a number
         return replace(reply, loss=scalars_to_bytes(unknown))

@@ -6,13 +6,14 @@ import dataclasses
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from fedzo import trainers
-from fedzo.config.compose import job_folder, option_names, session
+from fedzo.config.compose import compose_run, job_folder, option_names, session
 from fedzo.config.load import load
 from fedzo.config.overrides import quoted, rewrite_model, with_config_dir
 from fedzo.config.plugins import LISTS, conf_dir
@@ -117,6 +118,25 @@ def test_all_problems_come_in_one_message() -> None:
         "fl.batch_size must",
     ]
     assert [line.removeprefix("  - ")[: len(key)] for line, key in zip(lines[1:], keys, strict=True)] == keys
+
+
+def test_a_few_wrong_words_among_many_are_found_by_few_compositions(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[object] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        composed.append(arguments)
+        return compose_run(*arguments, **options)
+
+    monkeypatch.setattr("fedzo.config.diagnose.compose_run", counted)
+    words = [f"seed={number}" for number in range(30)]
+
+    with pytest.raises(ConfigError) as caught:
+        load([*words[:5], "fl.num_client=3", *words[5:20], "fl.rounds=abc", *words[20:]])
+
+    head, *lines = str(caught.value).splitlines()
+    assert head == "2 problems in the configuration:"
+    assert [line.split(": ")[0] for line in lines] == ["  - fl.num_client=3", "  - fl.rounds=abc"]
+    assert len(composed) < 20
 
 
 def test_a_rule_that_reads_a_refused_key_is_not_judged_by_its_default() -> None:

@@ -85,6 +85,7 @@ def test_a_sound_config_has_no_problem() -> None:
         ("model.name", " ", "be a hub name or a local folder, got ' '."),
         ("task.max_length", 0, "be >= 1, got 0."),
         ("model.tokens_per_batch", 511, "be >= task.max_length (512), so that one sequence fits, got 511. Raise it"),
+        ("model.tokens_per_batch", -1, "be >= task.max_length (512), so that one sequence fits, got -1. Raise it"),
         ("task.template", "", "not be empty, got ''. Choose a task=<option>"),
         ("task.template", "It was", "hold a {column} of the rows, or every row has the same text, got 'It was'."),
         ("task.template", "{text It was", "close the brace of '{text It was' right after the column's name"),
@@ -191,6 +192,7 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
         ("strategy.clients_per_round", 8),
         ("strategy.min_replies", 8),
         ("model.tokens_per_batch", 512),
+        ("model.tokens_per_batch", 0),
         ("faults.absent", ["0@0", "7@74"]),
         ("evaluation.federated_every_rounds", -1),
         ("fl.directions", Directions.per_client),
@@ -484,12 +486,14 @@ def test_written_answers_need_an_answer_template_and_the_lm_loss(kind: TaskKind)
 
     assert [problem.text.split(",")[0] for problem in launch_problems(config)] == [
         f"task.answer must not be empty for task.kind={kind}",
-        f"task.loss must be lm for task.kind={kind}",
+        f"task.loss must be lm or score for task.kind={kind}",
     ]
     blank = " " if kind is TaskKind.generation else ""
     assert f"as in task.answer='{blank}{{answer}}'." in launch_problems(config)[0].text
-    config.task.answer, config.task.loss = "{answer}", Loss.lm
-    assert launch_problems(config) == []
+    config.task.answer = "{answer}"
+    for loss in (Loss.lm, Loss.score):
+        config.task.loss = loss
+        assert launch_problems(config) == []
 
 
 @pytest.mark.parametrize(
@@ -514,6 +518,63 @@ def test_a_prompt_that_is_written_behind_ends_without_a_blank(end: str, kind: Ta
     assert [problem.text for problem in launch_problems(config)] == ([expected] if is_refused else [])
 
 
+def chats(**keys: Any) -> LaunchConfig:
+    """Instructions, of which ``keys`` say the rest."""
+    config = sound()
+    config.partition = plugin_classes()["partition"]["iid"]()
+    config.task = TaskConfig(name="rotten_tomatoes", kind=TaskKind.instruction, loss=Loss.lm, **keys)
+    return config
+
+
+def test_whole_conversations_need_no_template_and_a_question_may_have_a_system_message() -> None:
+    assert launch_problems(chats(messages="messages")) == []
+    for system in ("Be brief.", "You are at {ward}.", "Write {} for a set."):
+        assert launch_problems(chats(template="{q}", answer="{a}", system=system)) == []
+
+
+def test_what_conversations_hold_themselves_is_no_setting_beside_them() -> None:
+    config = chats(messages="m", template="{q}", answer="{a}", derive="alpaca", system="Be brief.")
+
+    rule = "be left out beside task.messages, whose rows have both prompt and answer, got"
+    remedy = "Choose task=chat, or leave task.messages out."
+    assert [problem.text for problem in launch_problems(config)] == [
+        f"task.template must {rule} '{{q}}'. {remedy}",
+        f"task.answer must {rule} '{{a}}'. {remedy}",
+        f"task.derive must {rule} 'alpaca'. {remedy}",
+        "task.system must be left out beside task.messages, whose rows have system messages of their own, got "
+        "'Be brief.'. Write it into the rows, as the first message of each.",
+    ]
+
+
+@pytest.mark.parametrize("kind", [TaskKind.candidates, TaskKind.generation])
+@pytest.mark.parametrize("key", ["messages", "system"])
+def test_a_chat_needs_the_kind_that_uses_a_chat_template(key: str, kind: TaskKind) -> None:
+    asked: dict[str, Any] = {"template": "{q}", "answer": "{a}", "candidates": [" no", " yes"]}
+    config = chats(**(asked if key == "system" else {}), **{key: "said"})
+    config.task.kind = kind
+
+    assert [problem.text for problem in launch_problems(config)] == [
+        f"task.{key} must be empty for task.kind={kind}, which uses no chat template, got 'said'. Leave it out, or "
+        "write task.kind=instruction."
+    ]
+
+
+def test_a_brace_of_a_system_message_that_is_not_closed_is_refused() -> None:
+    (problem,) = launch_problems(chats(template="{q}", answer="{a}", system="You are at {ward"))
+
+    assert problem.text.startswith("task.system must close the brace of '{ward' right after the column's name")
+
+
+def test_conversations_have_neither_labels_nor_candidates() -> None:
+    config = chats(messages="messages")
+    config.task.loss, config.partition = Loss.candidates, DirichletConfig()
+
+    assert [problem.text.split(",")[0] for problem in launch_problems(config)] == [
+        "task.loss must be lm or score for task.kind=instruction",
+        "partition must not depend on labels for task.kind=instruction",
+    ]
+
+
 @pytest.mark.parametrize(
     ("factor", "loss", "batch_size", "rule"),
     [
@@ -523,6 +584,7 @@ def test_a_prompt_that_is_written_behind_ends_without_a_blank(end: str, kind: Ta
         (1.5, Loss.candidates, 2, "be > 0 and <= 1"),
         (math.nan, Loss.candidates, 2, "be > 0 and <= 1"),
         (0.3, Loss.lm, 2, "be 1 for task.loss=lm"),
+        (0.3, Loss.score, 2, "be 1 for task.loss=score"),
         (0.3, Loss.candidates, 1, "be 1 with fl.batch_size=1"),
     ],
 )
@@ -536,6 +598,34 @@ def test_a_common_shift_needs_answers_and_other_rows(
 
     assert len(told) == (rule is not None)
     assert all(text.startswith(f"task.common_shift must {rule}") for text in told)
+
+
+def test_a_value_is_trained_by_scalars_of_texts_that_a_probe_may_change() -> None:
+    config = sound()
+    config.task.loss = Loss.score
+    assert launch_problems(config) == []
+    assert list(site_problems(SiteFile(), config)) == []
+
+    config.evaluators, config.model.dtype, config.estimator.freeze_routing = {}, DType.auto, True
+
+    assert [problem.text for problem in launch_problems(config)] == [
+        "model.dtype must be float32, bfloat16 or float16 for task.loss=score: scores tell little of how exact a dtype "
+        "is, got 'auto'. Write model.dtype=float32 if in doubt.",
+        "evaluators must name one for task.loss=score, which trains on the value of the first, got []. Write "
+        "evaluators=[answers], or another task.loss.",
+        "estimator.freeze_routing must be false for task.loss=score: held choices (argmax) are also those by which a "
+        "text is written, got True. Leave it out, or choose another task.loss.",
+    ]
+
+
+def test_a_value_has_no_gradient() -> None:
+    config = sound()
+    config.task.loss, config.estimator = Loss.score, BackpropConfig()
+
+    assert [problem.text for problem in launch_problems(config)] == [
+        "task.loss must be candidates or lm for estimator=backprop, since the value of a score has no gradient, got "
+        "'score'. Choose another estimator, such as two_point, or another loss."
+    ]
 
 
 def test_a_partition_by_labels_needs_labels() -> None:

@@ -67,6 +67,7 @@ def test_every_key_of_the_template_has_a_comment_above_it() -> None:
         ("{step_limit_s: 0}", r"limits\.step_limit_s must be > 0 and finite, got 0"),
         ("{min_rows: many}", r"limits\.min_rows must be int, got 'many'"),
         ("{trainers: [meerkt]}", r"limits\.trainers must hold names of .*lora, meerkat, .* only, got 'meerkt'"),
+        ("{estimators: [fourpoint]}", r"limits\.estimators must hold names of .*two_point.* only, got 'fourpoint'"),
         ("{stages: [rewrite]}", r"limits\.stages must hold names of .*identity.* only, got 'rewrite'"),
         ("{answers: [acuracy]}", r"limits\.answers must hold names of none, loss, accuracy, .*rouge_l.* got 'acuracy'"),
         ("{answers: [none, loss]}", r"limits\.answers must hold none alone"),
@@ -124,9 +125,11 @@ def test_the_dtype_of_a_chat_model_is_not_measured(tmp_path: Path) -> None:
 
 def test_every_name_that_the_messages_list_is_taken(tmp_path: Path) -> None:
     names = "[loss, accuracy, token_f1, exact_match, rouge_l, per_class, label_counts, stages]"
-    (tmp_path / "site.yaml").write_text(f"limits: {{trainers: [mezo, lora], stages: [identity], answers: {names}}}\n")
+    allowed = "trainers: [mezo, lora], estimators: [fzoo, two_point], stages: [identity]"
+    (tmp_path / "site.yaml").write_text(f"limits: {{{allowed}, answers: {names}}}\n")
 
-    assert load_site(tmp_path / "site.yaml").limits.trainers == ["mezo", "lora"]
+    limits = load_site(tmp_path / "site.yaml").limits
+    assert (limits.trainers, limits.estimators) == (["mezo", "lora"], ["fzoo", "two_point"])
 
 
 @dataclass(kw_only=True, slots=True)

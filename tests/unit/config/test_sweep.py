@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedzo.config.compose import compose_run, session
-from fedzo.config.sweep import plan_sweep
+from fedzo.config.sweep import is_sweep, plan_sweep
 from fedzo.errors import ConfigError
 
 FOLDER = "${fedzo_job_folder:${hydra:job.override_dirname}}"
@@ -20,6 +20,27 @@ def test_a_glob_matches_options_and_no_schemas() -> None:
 
     assert [type(config.trainer).__name__ for config in sweep.configs] == ["MezoConfig"]
     assert sweep.overrides == ["trainer=mezo", "hydra.sweep.dir=all", "hydra.sweep.dir='all'"]
+
+
+@pytest.mark.parametrize(
+    ("words", "asks"),
+    [
+        (["fl.rounds=3", "hydra.run.dir=one"], False),
+        (["fl.rounds=3", "hydra.mode=RUN"], False),
+        (["fl.rounds=3", "hydra.mode=MULTIRUN"], True),
+        (["fl.rounds=3", "hydra={mode:MULTIRUN}"], True),
+    ],
+)
+def test_hydras_mode_asks_for_a_sweep(words: list[str], asks: bool) -> None:
+    assert is_sweep(words) == asks
+
+
+def test_words_that_cannot_ask_for_a_sweep_are_not_composed_to_see_whether_they_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedzo.config.sweep.compose_run", None)
+
+    assert not is_sweep(["trainer=mezo", "fl.rounds=3", "seed=1,2"])
 
 
 def test_a_typo_that_all_jobs_have_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,16 @@ SITES = ["experiment=sites", "runtime=remote", "runtime.server=."]
             "model.lower_layers_cache_mb must be left out for estimator.freeze_routing=true, with which it is not ",
             ["estimator.freeze_routing=true", "model.lower_layers_cache_mb=0"],
         ),
+        (
+            ["task.loss=score", "model.lower_layers_cache_mb=8"],
+            "model.lower_layers_cache_mb must be left out for task.loss=score, with which it is not used, got 8.",
+            ["task.loss=score", "model.cuda_graphs=true"],
+        ),
+        (
+            ["task.loss=score", "evaluation.best_by=loss"],
+            "evaluation.best_by must be left out for task.loss=score, with which the value chooses, got loss. Leave it",
+            ["task.loss=score", "evaluation.best_by=value"],
+        ),
     ],
 )
 def test_a_word_without_effect_is_refused(words: list[str], message: str, accepted: list[str]) -> None:
@@ -134,6 +144,11 @@ def test_a_word_without_effect_is_refused(words: list[str], message: str, accept
 @pytest.mark.parametrize("key", ["trainer.lr", "server_optimizer.lr"])
 def test_the_rate_that_is_used_is_the_server_optimizers(key: str) -> None:
     assert load([f"{key}=0.125"]).server_optimizer.lr == 0.125
+
+
+@pytest.mark.parametrize(("loss", "best_by"), [("candidates", "loss"), ("lm", "loss"), ("score", "value")])
+def test_where_a_value_is_trained_it_chooses_the_best_round(loss: str, best_by: str) -> None:
+    assert load([f"task.loss={loss}"]).evaluation.best_by == best_by
 
 
 def test_what_a_preset_holds_for_runs_of_other_kinds_is_no_fault() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra._internal.core_plugins import file_config_source
 
+from fedzo.config import plugins
 from fedzo.config.compose import session
-from fedzo.config.diagnose import respelled
+from fedzo.config.diagnose import parse_overrides, respelled
 from fedzo.config.load import load
 from fedzo.config.travel import load_site, to_json
 from fedzo.config.yaml_files import checked_text
@@ -149,8 +152,26 @@ def test_a_text_of_an_installed_plugin_stays_what_was_written(tmp_path: Path, mo
 
     with session():
         monkeypatch.setitem(EVALUATORS._configs, "theirs", TheirConfig)  # only now, so that Hydra keeps no schema
-        (problem,) = respelled(["evaluators.theirs.verdict=true"])
+        (problem,) = respelled(parse_overrides(["evaluators.theirs.verdict=true"])[0])
 
     assert problem.text.startswith("evaluators.theirs.verdict must be text, but ")
     with pytest.raises(ConfigError, match=r"mine.yaml:1: verdict must be text, but YAML reads no as False"):
         checked_text(tmp_path / "mine.yaml")
+
+
+def test_a_file_of_fedzos_own_is_parsed_once_and_again_where_it_was_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a checkout, below a process that lives on."""
+    shutil.copytree(plugins.conf_dir(), tmp_path / "conf")
+    monkeypatch.setattr(plugins, "_PACKAGE", tmp_path / "fedzo")
+    file = tmp_path / "conf" / "experiment" / "meerkat.yaml"
+    first = load(["experiment=meerkat"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_config_source.FileConfigSource, "load_config", lambda source, path: pytest.fail(path))
+        second = load(["experiment=meerkat"])
+    file.write_text(file.read_text(encoding="utf-8").replace("rounds: 160", "rounds: 7"), encoding="utf-8")
+
+    assert first == second
+    assert (first.fl.rounds, load(["experiment=meerkat"]).fl.rounds) == (160, 7)

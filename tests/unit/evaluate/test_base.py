@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
-from fedzo.errors import ConfigError, ProtocolError
+from fedzo.errors import ConfigError, PluginError, ProtocolError
 from fedzo.evaluate import AnswersConfig, Evaluator, Measure, evaluate, merge_scores, scores_of_peer
 from fedzo.evaluate.answers import Answers
+from fedzo.evaluate.base import loss_name, value_as_loss
 from fedzo.records.decode import encode
 from fedzo.records.scores import PartialScore, Score
 from fedzo.testing.tiny_models import tiny_loaded
@@ -112,6 +114,7 @@ def test_scores_to_merge_are_of_one_metric() -> None:
         ("answers", {"loss": "inf"}),
         ("answers", {"loss": float("nan")}),
         ("answers", {"loss": -1.1e6}),
+        ("answers", {"loss": 1.1e6}),
         ("answers", {"value": 1.5}),
         ("answers", {"num_examples": 9}),
         ("answers", {"metric": "rouge_l"}),
@@ -122,6 +125,8 @@ def test_scores_to_merge_are_of_one_metric() -> None:
         ("answers", {"per_class": [1]}),
         ("answers", {"num_examples": 0}),
         ("answers", {"num_examples": 2}),
+        ("answers", {"num_examples": float("inf")}),
+        ("answers", {"num_examples": 10**400}),
         ("answers", {"surprise": 1}),
         ("answers", {"numbers": {"empty": 0.5}}),
         ("answers", {"lower_is_better": True}),
@@ -146,7 +151,17 @@ def test_what_a_peer_sends_must_be_a_score_of_each_evaluator(evaluator: str, cha
         read(**changes)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"answers": {}}', json.dumps({**RIGHT, "more": RIGHT["answers"]}), "nan"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"answers": {}}',
+        '{"answers": {"metric": "accuracy"}}',
+        json.dumps({**RIGHT, "more": RIGHT["answers"]}),
+        "nan",
+        "not json",
+    ],
+)
 def test_a_peer_sends_scores_of_the_evaluators_that_it_answers_and_of_no_other(text: str) -> None:
     assert scores_of_peer("{}", EVALUATORS, TASK, max_examples=8) == {}  # a peer without rows
     told = scores_of_peer(json.dumps({"lengths": RIGHT["lengths"]}), EVALUATORS, TASK, max_examples=8)
@@ -228,3 +243,50 @@ def test_a_measure_has_no_name_that_a_sites_file_has_for_something_else(name: st
 def test_a_measure_names_no_number_as_its_metric() -> None:
     with pytest.raises(ValueError, match="a measure must name no number as its metric, got size"):
         Measure(metric="size", numbers=("size",))
+
+
+class Sizes(Lengths):
+    """Gives the score that it is told, of a measure that it is told, too."""
+
+    def __init__(self, value: Any, *, lower_is_better: bool = False) -> None:
+        self.size = Measure(metric="size", high=9.0, lower_is_better=lower_is_better)
+        super().__init__(value if value is None else self.size.score(value, num_examples=6))
+
+    def measure(self, task: TaskConfig) -> Measure:
+        return self.size
+
+
+@pytest.mark.parametrize(
+    ("value", "lower_is_better", "loss"),
+    [
+        (2.5, False, -2.5),
+        (2.5, True, 2.5),
+        (9.0, False, -9.0),
+        (0.0, False, 0.0),  # and not -0
+        (9.5, True, math.nan),
+        (-0.5, False, math.nan),
+        (math.nan, False, math.nan),
+    ],
+)
+def test_a_value_that_is_trained_is_lower_where_it_is_better(value: float, lower_is_better: bool, loss: float) -> None:
+    evaluator = Sizes(value, lower_is_better=lower_is_better)
+
+    assert str(value_as_loss(evaluator, tiny_loaded(), ROWS, TASK, tokens_per_batch=8)) == str(loss)
+
+
+def test_what_is_no_score_cannot_be_trained() -> None:
+    class Silent(Sizes):
+        def evaluate(self, *given: Any, **limits: Any) -> Any:
+            return 0.5
+
+    with pytest.raises(PluginError, match=r"Silent\.evaluate must give a fedzo\.records\.scores\.Score, got 0\.5"):
+        value_as_loss(Silent(None), tiny_loaded(), ROWS, TASK, tokens_per_batch=8)
+
+
+def test_the_losses_of_a_run_are_named_after_the_value_that_it_trains() -> None:
+    large, small = Sizes(1.0), Sizes(1.0, lower_is_better=True)
+    task = TaskConfig(loss=Loss.score)
+
+    assert loss_name(TASK, {"large": large}) == loss_name(TASK, {}) == "loss"
+    assert loss_name(task, {"large": large, "small": small}) == "loss (-size)"
+    assert loss_name(task, {"small": small, "large": large}) == "loss (size)"

@@ -50,7 +50,7 @@ def limits(**keys: Any) -> SiteLimitsConfig:
 
 
 def join(site: SiteLimitsConfig, run: RunConfig = RUN) -> None:
-    check_run(site, run, trainer="meerkat")
+    check_run(site, run, trainer="meerkat", estimator="two_point")
 
 
 def test_the_numbers_of_refusals_keep_their_meaning() -> None:
@@ -72,6 +72,7 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
         21: "losses",
         22: "vectors",
         23: "probes",
+        24: "estimator",
         31: "failed",
         32: "foreign",
         33: "absent",
@@ -100,6 +101,7 @@ def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
     site = limits(
         tasks=["sst2", "rte"],
         trainers=["meerkat"],
+        estimators=["fzoo", "two_point"],
         stages=["rewrite", "identity", "other"],
         base_digest="b" * 64,
         max_steps=5,
@@ -141,6 +143,7 @@ def test_vectors_leave_a_site_that_says_so_whatever_it_says_of_probes() -> None:
         (lambda: join(limits(answers=["none"])), 19, "limits.answers lacks label_counts"),
         (lambda: join(limits(), OF_VECTORS), 22, "limits.vectors is false, .* send update vectors"),
         (lambda: join(limits(max_probes=1)), 23, "limits.max_probes is 1, and 2 are asked"),
+        (lambda: join(limits(estimators=["fzoo", "mine"])), 24, "estimators allows fzoo, mine, .* has two_point"),
     ],
 )
 def test_each_limit_has_its_number_and_only_the_site_learns_more(

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from fedzo.config.schema import RunConfig, SiteFile
+from fedzo.data.config import Loss, TaskConfig
 from fedzo.data.encode import Example
 from fedzo.errors import ProtocolError
+from fedzo.evaluate import AnswersConfig
+from fedzo.evaluate.answers import Answers
 from fedzo.fl.client.worker import ClientData, ClientWorker, log_failure
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.limits import Limits
-from fedzo.fl.messages import Hello, Identity, ScalarReply, Status, TrainRequest, VectorReply
+from fedzo.fl.messages import Hello, Identity, ScalarReply, Status, TrainRequest, VectorReply, scalars_to_bytes
 from fedzo.fl.replica import Replica
 from fedzo.models.config import BaseConfig
 from fedzo.testing.vector_space import VectorSpace
@@ -126,3 +129,39 @@ def test_a_vector_is_unpacked_and_hashed_once_a_request(monkeypatch: pytest.Monk
     assert reply == VectorReply(position=7)
     assert replica.space.values().tolist() == [-1, 2, -4]
     assert hashed == ["log: the vector of round 0"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "answers", "leave"),
+    [
+        (Loss.score, [], True),
+        (Loss.score, ["loss", "accuracy"], True),
+        (Loss.score, ["loss"], False),
+        (Loss.score, ["accuracy"], False),
+        (Loss.candidates, ["loss"], True),
+        (Loss.candidates, ["accuracy"], False),
+    ],
+)
+def test_losses_of_steps_leave_a_site_where_all_that_they_tell_may(loss: Loss, answers: list[str], leave: bool) -> None:
+    sent = ScalarReply(g=scalars_to_bytes(np.ones(2, np.float32)), loss=scalars_to_bytes(np.array([-0.5, -1], "f4")))
+    limits: Any = SimpleNamespace(
+        run=replace(RUN, task=TaskConfig(loss=loss)),
+        site=SiteFile(limits=SiteLimitsConfig(answers=answers)),
+        check_client=lambda client: None,
+        check_steps=lambda request: None,
+        check_state=lambda request, asked_values: [],
+    )
+    workspace: Any = SimpleNamespace(replica=SimpleNamespace(sync=lambda request, records: Status.ok, position=0))
+    update: Any = SimpleNamespace(reply_type=ScalarReply, make=lambda at, request: sent)
+    clients: Any = SimpleNamespace(progress=lambda client: None, workspace=lambda artifact, asked: workspace)
+    artifacts: Any = SimpleNamespace(find=lambda digest: True)
+    evaluators = {"answers": Answers(AnswersConfig())}
+    worker = ClientWorker(
+        IDENTITY.config_hash, update, clients, limits=limits, evaluators=evaluators, artifacts=artifacts
+    )
+
+    reply = worker.train(TrainRequest(client=0, config_hash="a" * 64, space_id="e" * 64))
+
+    assert reply.g == sent.g
+    told = np.frombuffer(reply.loss, "<f4").tolist()
+    assert told == pytest.approx([-0.5, -1.0] if leave else [np.nan] * 2, nan_ok=True)

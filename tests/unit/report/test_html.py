@@ -165,6 +165,25 @@ def test_the_page_says_how_many_clients_told_their_scores(make_run: MakeRun, lin
     assert "Accuracy per client" not in none
 
 
+def test_where_a_value_is_trained_the_page_names_it_and_asks_for_no_other_loss(make_run: MakeRun, lines: Lines) -> None:
+    (scored,) = (line for line in lines if line["kind"] == "federated_score")
+    scored |= {"loss": None, "clients": [{**client, "loss": None} for client in scored["clients"]]}
+    for dev in (line for line in lines if line.get("split") == "dev"):
+        dev["loss"] = None  # of written answers
+
+    lm = write_report(make_run("lm", lines=lines, task__loss="lm")).read_text()
+    score = write_report(make_run("score", lines=lines, task__loss="score")).read_text()
+
+    assert "<th>loss, first and last round</th>" in lm
+    assert "accuracy and loss reported by</th><td>3 and 0 of 3 clients</td>" in lm
+    assert "<th>loss (-accuracy), first and last round</th>" in score
+    assert "<th>best dev round</th><td>10 (accuracy 75.0 %)</td>" in score
+    assert "reported by" not in score
+    scored["clients"][0]["value"] = None
+    some = write_report(make_run("some", lines=lines, task__loss="score")).read_text()
+    assert "<th>own held-out rows: accuracy reported by</th><td>2 of 3 clients</td>" in some
+
+
 def test_test_rows_are_spoken_of_where_there_are_any(make_run: MakeRun, lines: Lines) -> None:
     assert "once before training and once at the best round." in write_report(make_run("with")).read_text()
     no_dev = [line for line in lines if line.get("split") != "dev"]

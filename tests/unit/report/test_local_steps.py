@@ -251,6 +251,26 @@ def test_the_lines_of_all_panels_are_means_of_equally_many_steps_and_the_legend_
         assert [text.get_text() for text in pictures[name].figure.legends[0].get_texts()] == told
 
 
+def test_a_loss_that_is_a_value_is_named_and_drawn_below_zero(make_run: MakeRun, lines: Records) -> None:
+    records = with_signals(lines, lambda k, r: 1)
+    for record in (record for record in records if record["kind"] == "round"):
+        for client in record["clients"]:
+            client["signals"]["loss"] = [-0.25 - record["round"] / 20]
+    told = {}
+    for loss in ("lm", "score"):
+        run = load_run(make_run(loss, lines=records, task__loss=loss))
+        told[loss] = {picture.name: picture for picture in draw_figures(run)}
+
+    drawn = told["score"]["local_losses"]
+    assert panels(drawn.figure)["client 0"].get_ylim() == pytest.approx((-1.1 * 0.7, 0.0))
+    assert "A loss near 0" not in drawn.caption
+    assert "A loss near 0" in told["lm"]["local_losses"].caption
+    for loss, unit in (("lm", "nats"), ("score", "-accuracy")):
+        assert told[loss]["local_losses"].figure.get_supylabel() == f"loss ({unit})"
+        (axes,) = told[loss]["loss"].figure.axes
+        assert axes.get_ylabel() == f"training loss ({unit})"
+
+
 def test_a_client_whose_steps_lie_in_one_block_is_seen() -> None:
     axes = Figure().subplots()
 

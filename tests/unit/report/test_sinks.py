@@ -43,6 +43,34 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     assert "240 B (13 kB as messages, with set-up)" in out
 
 
+def test_an_estimate_says_what_the_memory_is_of_and_what_is_free_where(
+    records: Records, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = records[0]
+    assert isinstance(setup, Setup)
+    assert setup.estimate is not None
+    parts = {"weights": 538_000_000, "activations": 132_000_000}
+    told = replace(setup.estimate, parts=parts, device="cuda:0, NVIDIA H200", free_bytes=149 * 10**9)
+    for estimate in (told, setup.estimate):  # that of an older record tells neither
+        sink = ProgressSink(10)
+        sink.write(replace(setup, estimate=estimate))
+        sink.close()
+
+    lines = capsys.readouterr().out.splitlines()
+    first = "estimate: 500 MB of memory per step, 1 min 40 s for all forwards in one process"
+    second = "  on cuda:0, NVIDIA H200: weights 538 MB, activations 132 MB; beside the weights 149 GB are free"
+    assert [line for line in lines if "weights trained" not in line] == [first, second, first]
+
+
+def test_a_loss_that_is_a_value_is_named(records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ProgressSink(10, loss="loss (-token_f1)")
+    for record in records:
+        sink.write(record)
+    sink.close()
+
+    assert "round 10/10  loss (-token_f1) 0.530" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("has_dev", "words"), [(False, "after round 10 of 10"), (True, "best dev round 10 of 10")])
 def test_no_dev_round_is_spoken_of_where_no_dev_score_chose_one(
     records: Records, capsys: pytest.CaptureFixture[str], has_dev: bool, words: str
