@@ -7,12 +7,13 @@ import json
 import logging
 import sys
 import traceback
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
@@ -46,7 +47,7 @@ def train(arguments: Sequence[str]) -> None:
         ConfigError: the settings of the run, or of any job of the sweep, are wrong; nothing has been started.
         FedzoError: a run failed; a sweep raises after its other jobs have run.
     """
-    parser = get_args_parser()
+    parser = _hydra_parser()
     parser.prog = "fedzo train"
     flags = parser.parse_args(list(arguments))
     for name in ("config_name", "config_path", "experimental_rerun"):
@@ -56,9 +57,9 @@ def train(arguments: Sequence[str]) -> None:
     _check_flags(flags)
     flags.overrides = with_config_dir(flags.overrides, flags.config_dir)
     flags.config_dir = None
+    with session():
+        flags.overrides = with_models(flags.overrides)
     if flags.help or flags.hydra_help or flags.cfg or flags.info is not None or flags.shell_completion:
-        with session():
-            flags.overrides = with_models(flags.overrides)
         _hydra(flags, job)
     elif flags.multirun or is_sweep(flags.overrides):
         _sweep(flags)
@@ -194,8 +195,6 @@ def _refuse_folder(overrides: Sequence[str], key: str, *, use: str, of: str) -> 
 def _single(flags: Namespace) -> None:
     _refuse_folder(flags.overrides, "hydra.sweep.dir", use="hydra.run.dir", of="a single run (without -m)")
     load(flags.overrides)
-    with session():
-        flags.overrides = with_models(flags.overrides)
     failures: list[Exception] = []
 
     @functools.wraps(job)
@@ -221,13 +220,14 @@ def _sweep(flags: Namespace) -> None:
     words = "".join(f"- {json.dumps(word)}\n" for word in sweep.overrides)
     flags.overrides, flags.run, flags.multirun = sweep.overrides, False, True
     again = in_shell("hydra.sweep.dir", str(sweep.folder))
-    with _folder_errors("hydra.sweep.dir"):
-        sweep.folder.mkdir(parents=True, exist_ok=True)
-    with folder_of_one_process(sweep.folder):
-        with _folder_errors("hydra.sweep.dir"):  # by this file `fedzo report` knows a sweep; not all sweepers write it
+    with ExitStack() as held:
+        with _folder_errors("hydra.sweep.dir"):
+            sweep.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(folder_of_one_process(sweep.folder))
+            # by this file `fedzo report` knows a sweep; not all sweepers write it
             (sweep.folder / MULTIRUN).write_text(words, encoding="utf-8")
         try:
-            with _folder_errors("hydra.sweep.dir", below=sweep.folder):
+            with _folder_errors("hydra.sweep.dir", below=sweep.folder), _model_of_jobs():
                 _hydra(flags, job)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the same command with {again}") from None
@@ -260,6 +260,12 @@ def _sweep(flags: Namespace) -> None:
             raise FedzoError(f"sweep {sweep.folder}: {len(failed)} jobs failed, the others ran: {', '.join(failed)}")
 
 
+def _hydra_parser() -> ArgumentParser:
+    """The parser of Hydra's flags. One of its help texts is no text, which Python 3.14 refuses in every parser."""
+    with patch.object(ArgumentParser, "_check_help", lambda parser, action: None, create=True):
+        return get_args_parser()
+
+
 def _hydra(flags: Namespace, task: TaskFunction) -> None:
     """What ``@hydra.main`` does, on parsed flags instead of ``sys.argv``."""
     version.setbase(VERSION_BASE)
@@ -269,7 +275,7 @@ def _hydra(flags: Namespace, task: TaskFunction) -> None:
         with environment_variable("HYDRA_FULL_ERROR", "1"):  # a job's error is raised, not printed
             _run_hydra(
                 args=flags,
-                args_parser=get_args_parser(),
+                args_parser=_hydra_parser(),
                 task_function=task,
                 config_path=str(conf_dir()),
                 config_name=CONFIG_NAME,
@@ -296,6 +302,18 @@ def _folder_errors(key: str, *, below: Path | None = None) -> Iterator[None]:
             raise
         where = f"run folder {cause.filename}: it must be writable, got {cause.strerror!r}"
         raise RunFolderError(f"{where}. Choose another with {key}=<folder>.") from error
+
+
+@contextmanager
+def _model_of_jobs() -> Iterator[None]:
+    """Let the model that the jobs of this process have shared go, when the last of them has ended."""
+    try:
+        yield
+    finally:
+        if "fedzo.run.process" in sys.modules:  # else they ran in other processes, which end with the sweep
+            from fedzo.run.process import forget_process
+
+            forget_process()
 
 
 def _is_below(file: object, folder: Path) -> bool:

@@ -23,12 +23,13 @@ from fedzo.zo.server_optimizer import Schedule
 log = logging.getLogger(__name__)
 
 
-def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
+def resume_run(run_dir: Path, *, rounds: int | None = None, keeps_model: bool = False) -> None:
     """Go on with a run that was stopped, or make it longer; it ends as if it had been so from its beginning.
 
     Args:
         run_dir: The run folder.
         rounds: Another total, ``fl.rounds``, which makes the run longer; None for the present one.
+        keeps_model: As of ``start_run``.
 
     Raises:
         ConfigError: The run cannot be made so long.
@@ -45,7 +46,7 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
                     longer = f"`{shell('fedzo resume', run_dir)} fl.rounds=N` makes the run longer."
                     log.warning("%s: all %d rounds are done, and only verified. %s", run_dir, config.fl.rounds, longer)
                 if not config.runtime.traits.server_process:
-                    return run_here(config, store)
+                    return run_here(config, store, keeps_model)
             deploy(config, run_dir)
         except (ConfigError, RunFolderError):
             if extension:
@@ -57,13 +58,14 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
 def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
     """A sweep's job: run it, or go on with what an interrupted sweep left of it; a finished run is left alone.
 
-    What goes on does so as this command says: elsewhere, or told of otherwise.
+    What goes on does so as this command says: elsewhere, or told of otherwise. The model stays in this process for the
+    next job.
 
     Raises:
         RunFolderError: The folder holds a run of other settings.
     """
     if not has_begun(run_dir):
-        return start_run(config, run_dir, overrides=overrides)
+        return start_run(config, run_dir, overrides=overrides, keeps_model=True)
     begun, store = read_launch(run_dir), config.rewriter.store
     config = with_absolute_paths(config)
     if store is None:  # that of the working folder may be another one, with none of the run's rewrites
@@ -76,7 +78,7 @@ def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[
     if not any(ended.rounds == begun.fl.rounds for ended in RunLog(run_dir).metrics_of(Summary)):
         with alone(run_dir), RunStore(run_dir):  # nobody else has it, a server left over from a start neither
             write_settings(config, run_dir, overrides)
-        resume_run(run_dir)
+        resume_run(run_dir, keeps_model=True)
 
 
 def dev_objective(run_dir: Path) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fedzo.commands.run_folder import keep_environment, read_launch, write_setti
 from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import config_hash, to_json
 from fedzo.errors import RunFolderError, refuse, shell
+from fedzo.fl.log_files import writing_logs
 from fedzo.fl.log_store import RunStore, has_begun
 from fedzo.models.config import EMBEDDED_NAME
 from fedzo.records.folder import (
@@ -36,7 +37,8 @@ from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import run_config
 from fedzo.run.client_context import STAGE_FOLDER
 from fedzo.run.costs import warn_of_copies
-from fedzo.run.process import Process, forget_process, keep_process
+from fedzo.run.peer import open_model
+from fedzo.run.process import Process, forget_process, keep_process, kept_model
 from fedzo.run.start import open_run
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment, environment_variable
@@ -45,14 +47,21 @@ log = logging.getLogger(__name__)
 MAX_TOLD = 8  # of these at the end of a run
 
 
-def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
+def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str], keeps_model: bool = False) -> None:
     """Run a federation from its first round; everything it leaves is in ``run_dir``.
+
+    Args:
+        config: The command line.
+        run_dir: The run folder.
+        overrides: The words of the command line.
+        keeps_model: Whether this process has the model from the run before, and keeps it for the next one, where both
+            need the same and it is as it was loaded.
 
     Raises:
         RunFolderError: The folder holds a run already, or files that no run made, or cannot be written.
     """
+    _refuse_files_of_others(run_dir)
     with alone(run_dir):
-        _refuse_files_of_others(run_dir)
         with RunStore(run_dir) as store:
             if has_begun(run_dir):
                 start_again = "" if store.public else "; it has no round yet, so you may also remove the folder"
@@ -65,7 +74,7 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
             config = with_absolute_paths(config)
             write_settings(config, run_dir, overrides)
             if not config.runtime.traits.server_process:
-                return run_here(config, store)
+                return run_here(config, store, keeps_model)
         deploy(config, run_dir)
 
 
@@ -110,19 +119,22 @@ def alone(run_dir: Path) -> Iterator[None]:
     Where the server is a process of its own, it takes the lock of the log only once it has imported what it needs.
     """
     make_folder(run_dir)
-    with folder_of_one_process(run_dir):
+    with ExitStack() as held:
+        with writing_logs(run_dir):
+            held.enter_context(folder_of_one_process(run_dir))
         yield
 
 
-def run_here(config: LaunchConfig, store: RunStore) -> None:
-    """Run a federation whose server is this process."""
+def run_here(config: LaunchConfig, store: RunStore, keeps_model: bool = False) -> None:
+    """Run a federation whose server is this process; ``keeps_model`` as of ``start_run``."""
     run_dir = store.folder.resolve()
-    with _opened(config, store) as process:
+    with _opened(config, store, keeps_model) as process:
         launch(config, process, run_dir)
 
 
 def deploy(config: LaunchConfig, run_dir: Path) -> None:
     """Run a federation whose server is a process of its own, which opens the run."""
+    forget_process()  # the model of a sweep's job before: server and clients load their own
     run_dir = run_dir.resolve()
     write_whole(run_dir / SITE_FILE, to_json(config.site()))
     if not config.runtime.traits.has_sites:
@@ -133,20 +145,22 @@ def deploy(config: LaunchConfig, run_dir: Path) -> None:
 
 
 @contextmanager
-def _opened(config: LaunchConfig, store: RunStore) -> Iterator[Process]:
+def _opened(config: LaunchConfig, store: RunStore, keeps_model: bool = False) -> Iterator[Process]:
     run_dir = store.folder.resolve()
     refuse([*missing_libraries(config.trackers), *config.runtime.missing()])
     for left in (STOP, PRESENCE, OUTCOME, FAILED):  # of an earlier start; from here on `fedzo stop` is heard
         (store.folder / left).unlink(missing_ok=True)
-    forget_process()  # before another model is loaded
+    forget_process(keep_model=keeps_model)  # before another model is loaded
     try:
-        process = open_run(config, run_dir, store)
+        process = open_run(config, run_dir, store, kept_model if keeps_model else open_model)
         write_whole(run_dir / SITE_FILE, to_json(config.site()))
         if (done := len(store.records)) < config.fl.rounds:  # else nothing more is computed
             keep_environment(run_dir, _environment(process), round=done)
         yield process
-    finally:
+    except BaseException:  # who knows what is left of its model
         forget_process()
+        raise
+    forget_process(keep_model=keeps_model)
 
 
 def launch(config: LaunchConfig, process: Process, run_dir: Path) -> None:

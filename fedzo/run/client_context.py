@@ -14,6 +14,7 @@ from fedzo.data.files import Row
 from fedzo.data.preprocess import Progress, StageContext
 from fedzo.data.rows import OwnRows, client_rows
 from fedzo.data.tasks import num_labels
+from fedzo.evaluate.base import trained
 from fedzo.fl.client.local_update import Batches, LocalUpdate
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.client.vector_update import VectorUpdate
@@ -87,7 +88,7 @@ class ClientContext:
         batches = Batches(config.seed, config.fl.batch_size, lambda client: self.data(client).train)
         if not isinstance(estimator, ZerothOrderConfig):
             return VectorUpdate(batches, config.task, build_gradient_estimator(estimator))
-        return ScalarUpdate(config, batches, build_estimator(estimator))
+        return ScalarUpdate(config, batches, build_estimator(estimator), trained(config.task, self.peer.evaluators))
 
     def data(self, client: int) -> ClientData:
         """A client's rows as token ids; read once."""

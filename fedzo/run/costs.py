@@ -7,6 +7,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any, cast
 
 import torch
 
@@ -14,20 +15,22 @@ from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.fl.replica import Workspace
 from fedzo.models.available import available_memory_bytes, held_bytes, mapped_bytes
+from fedzo.models.captured import CapturedDecoder
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import resolve_device
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import (
     cache_tokens,
-    estimate_step_memory_bytes,
     fit_tokens_per_batch,
     server_optimizer_bytes,
     state_bytes,
+    step_memory,
     time_forwards,
 )
 from fedzo.models.source import find_source
 from fedzo.records.metrics import Estimate
 from fedzo.report.format import bytes_text
+from fedzo.system import device_text
 from fedzo.zo.spaces.base import Space
 
 log = logging.getLogger(__name__)
@@ -66,8 +69,9 @@ def fitting_tokens_per_batch(
         wanted=wanted,
         longest=longest,
         available_bytes=available,
-        trained_bytes=space.step_bytes(local_steps) + kept_bytes,
+        trained_bytes=trained_bytes(loaded, space, local_steps, reads_head=head_share > 0) + kept_bytes,
         head_share=head_share,
+        captured=_is_captured(loaded),
     )
     if fitting < wanted:
         log.warning(
@@ -103,6 +107,20 @@ def warn_of_copies(config: ModelConfig, *, device: str, num_copies: int, are_wri
             bytes_text(needed),
             bytes_text(free),
         )
+
+
+def trained_bytes(loaded: LoadedModel, space: Space, local_steps: int, *, reads_head: bool) -> int:
+    """Bytes that a step takes for the trained values; ``reads_head`` says whether forwards read all of the LM head."""
+    taken = space.step_bytes(local_steps)
+    if not space.perturbs_weights:
+        return taken
+    head = getattr(cast(Any, loaded.model).get_output_embeddings(), "weight", None) if reads_head else None
+    taken += sum(each.nbytes for each in space.parameters if id(each) == id(head))
+    return taken + (space.step_bytes(1) if _is_captured(loaded) else 0)  # which the graphs make in their pool, too
+
+
+def _is_captured(loaded: LoadedModel) -> bool:
+    return isinstance(loaded.decoder, CapturedDecoder)
 
 
 def _copied_on_write(space: Space, host: int) -> int:
@@ -174,15 +192,32 @@ def estimate_run(
             written = sum(len(example.generation_prompt) + new_tokens for example in part)
             batches = math.ceil(written * max(1.0, cache_tokens(loaded.model)) / workspace.tokens_per_batch)
             taken += times * (batches * new_tokens * cost.each + written * cost.token)
-    remembered_bytes = server_optimizer_bytes(space.size, len(workspace.replica.moments))
-    memory = estimate_step_memory_bytes(
+    head_rows = rows_per_step * max(map(_head_rows, train), default=0)
+    step = step_memory(
         loaded.model,
         batch_tokens=step_tokens if gradient_bytes else batch_tokens,
-        head_rows=rows_per_step * max(map(_head_rows, train), default=0),
-        trained_bytes=space.step_bytes(local_steps) + remembered_bytes + gradient_bytes + kept_bytes,
+        head_rows=head_rows,
+        trained_bytes=trained_bytes(loaded, space, local_steps, reads_head=head_rows > 0) + gradient_bytes,
         backward=gradient_bytes > 0,
+        captured=_is_captured(loaded),
     )
-    return Estimate(memory_bytes=memory, seconds=taken)
+    remembered_bytes = server_optimizer_bytes(space.size, len(workspace.replica.moments))
+    parts = {
+        "weights": step.weights,
+        "activations": step.activations,
+        "LM head": step.head,
+        "trained values": step.trained,
+        "lower blocks' states": kept_bytes,
+        "CUDA graphs": step.graphs,
+        "server optimizer": 0 if loaded.device.type == "cuda" else remembered_bytes,  # which the machine holds
+    }
+    return Estimate(
+        memory_bytes=sum(parts.values()),
+        seconds=taken,
+        parts={name: num_bytes for name, num_bytes in parts.items() if num_bytes},
+        device=device_text(loaded.device),
+        free_bytes=available_memory_bytes(loaded.device),
+    )
 
 
 def _num_tokens(example: Example) -> int:

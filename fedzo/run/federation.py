@@ -16,9 +16,10 @@ from typing import Any
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig
 from fedzo.config.travel import to_json
-from fedzo.data.config import TaskKind
+from fedzo.data.config import Loss, TaskKind
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError, RunFolderError
+from fedzo.evaluate.base import loss_name
 from fedzo.fl.log_store import RunStore, best_dev_score, best_round
 from fedzo.fl.server.aggregator import Aggregator
 from fedzo.fl.server.client_registry import ClientRegistry
@@ -95,6 +96,7 @@ class Federation:
             completed=len(store.records),
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
             evaluator=config.first_evaluator,
+            loss=loss_name(config.task, context.peer.evaluators),
             payload="vectors" if config.estimator.sends_vectors else "scalars",
             enabled=launched.config.report.progress,
         )
@@ -257,13 +259,20 @@ class Federation:
         clients = config.strategy.clients_per_round or config.fl.num_clients
         plan = self._server.coming_plan()
         first = sum(plan.steps.values()) if plan.calibration else config.fl.local_steps * clients
+        steps = (config.fl.rounds - 1) * config.fl.local_steps * clients + first
+        forwards = context.peer.forwards_per_step
+        train, scored = context.peer.encode(context.simulation.splits.train[:256]), self._scores.planned()
+        if config.task.loss is Loss.score:  # a step takes so many scores of its rows instead
+            rows = train[: config.fl.batch_size]
+            scored.append((steps * forwards * config.fl.batch_size // len(rows), rows))
+            forwards = 0
         return estimate_run(
             workspace,
-            train=context.peer.encode(context.simulation.splits.train[:256]),
-            scored=self._scores.planned(),
+            train=train,
+            scored=scored,
             rows_per_step=config.fl.batch_size,
-            steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
-            forwards_per_step=context.peer.forwards_per_step,
+            steps=steps,
+            forwards_per_step=forwards,
             num_rows=len(context.simulation.splits.train),
             local_steps=config.step_policy.max_steps(config.fl),
             new_tokens=0 if config.task.kind is TaskKind.candidates else config.task.max_new_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile, with_rounds
 from fedzo.config.trait_rules import format_problems
 from fedzo.config.travel import config_hash
-from fedzo.data.config import TaskKind
+from fedzo.data.config import Loss, TaskKind
 from fedzo.data.encode import Example, encode, row_name
 from fedzo.data.files import Row
 from fedzo.data.tasks import render
@@ -32,7 +33,7 @@ from fedzo.models.kept_rows import RowStates
 from fedzo.models.load import load_model, resolve_device
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
-from fedzo.models.memory import state_bytes, weights_bytes
+from fedzo.models.memory import most_tokens, state_bytes, weights_bytes
 from fedzo.models.plan import forward_cost
 from fedzo.models.products import RoundedProducts, choose_product, rounded_products, use_products
 from fedzo.models.scoring import example_losses
@@ -82,7 +83,10 @@ class Peer:
 
     @property
     def forwards_per_step(self) -> int:
-        """What a local step costs, in forwards; the two products of a layer's backward pass count as two."""
+        """What a local step costs, in forwards; the two products of a layer's backward pass count as two.
+
+        With ``task.loss=score`` in scores of its rows.
+        """
         estimator = self.config.estimator
         if not isinstance(estimator, ZerothOrderConfig):
             return 3
@@ -129,9 +133,10 @@ class Peer:
         """Give the model its base weights back, and take what the trainer added to it out of it."""
         if self._workspace is not None:
             self._workspace.replica.reset()
-        from fedzo.models.adapters import remove  # slow to import
+        if "peft" in sys.modules:  # else nobody has made an adapter
+            from fedzo.models.adapters import remove  # slow to import
 
-        remove(self.loaded.model)
+            remove(self.loaded.model)
         self.loaded.model.requires_grad_(False)
 
     def _make_workspace(self, artifact: Artifact, trial_rows: TrialRows | None) -> Workspace:
@@ -141,8 +146,11 @@ class Peer:
             self.built = self._build_as_chosen(artifact, trial)
         built = self.built
         self._warn_if_coarse(built)
+        site = self.site.model
+        if config.task.loss is Loss.score:  # its steps keep nothing of the lower blocks
+            site = replace(site, reuse_lower_layers=False)
         loaded, lower = faster_forwards(
-            self.loaded, built.space, self.site.model, config.estimator, longest=config.task.max_length
+            self.loaded, built.space, site, config.estimator, longest=config.task.max_length
         )
         if lower is not None and lower.rows is not None:  # scores keep their own: they have no rounded products
             rows = RowStates(lower.rows.max_bytes, lower.rows.num_nones, lower.rows.reads_alone)
@@ -162,9 +170,9 @@ class Peer:
                 num_clients=num_clients,
             ),
             tokens_per_batch=fitting_tokens_per_batch(
-                self.loaded,
+                loaded,
                 built.space,
-                wanted=self.site.model.tokens_per_batch,
+                wanted=most_tokens(self.site.model.tokens_per_batch, loaded.device, longest=longest),
                 longest=longest,
                 local_steps=config.step_policy.max_steps(config.fl),
                 num_moments=optimizer.num_moments(num_clients),
@@ -216,8 +224,10 @@ class Peer:
         if second is None and rounded is None:
             return wide
         task, estimator, examples = self.config.task, build_estimator(settings), self.encode(rows)
-        keys = [stream_key(self.config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
-        planning, site = Planning(self.site.model.tokens_per_batch), replace(self.site.model, reuse_lower_layers=False)
+        probes = settings.num_probes
+        keys = [stream_key(self.config.seed, round=0, probe=probe) for probe in range(max(NUM_DIRECTIONS, probes))]
+        longest, site = task.max_length, replace(self.site.model, reuse_lower_layers=False)
+        planning = Planning(most_tokens(site.tokens_per_batch, self.loaded.device, longest=longest))
 
         def trial(name: str, loaded: LoadedModel, built: Built) -> Trial | None:
             def timed() -> Trial:
@@ -228,7 +238,8 @@ class Peer:
                     losses = example_losses(ours, examples, planning, loss=task.loss, common_shift=task.common_shift)
                     return float(losses.mean())
 
-                return try_out(built.space, estimator, loss_fn, keys, 1 if ours is loaded else NUM_EAGER)
+                warm_ups = 1 if ours is loaded else NUM_EAGER
+                return try_out(built.space, estimator, loss_fn, keys, warm_ups, probes)
 
             return _tried(name, timed)
 

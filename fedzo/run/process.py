@@ -120,7 +120,8 @@ def open_process(
         SiteError: The site's limits rule the run out.
         ConfigError: The site cannot take part in this run, or its model cannot be loaded.
     """
-    check_run(site.limits, run, trainer=plugin_name("trainer", run.trainer))
+    trainer, estimator = plugin_name("trainer", run.trainer), plugin_name("estimator", run.estimator)
+    check_run(site.limits, run, trainer=trainer, estimator=estimator)
     if plays_clients and (lacks := [problem.text for problem in stage_problems(site, run)]):
         raise SiteError(Refusal.stage, "; ".join(lacks))
     rows = rows_problems(site, run) if plays_clients else ()
@@ -153,6 +154,15 @@ class _Open:
 _open: _Open | None = None
 
 
+def kept_model(site: SiteConfig, max_length: int) -> LoadedModel:
+    """The model of the site, or of the sweep, that this process works for: loaded where it does not keep it.
+
+    Raises:
+        ConfigError: It cannot be loaded, or used for texts of so many tokens.
+    """
+    return _model.open(site, max_length)
+
+
 def load_ahead() -> None:
     """Load the model of this process's site before a run asks for it."""
     _write_site_log()
@@ -163,7 +173,8 @@ def load_ahead() -> None:
 def keep_process(process: Process) -> str:
     """Let this process's apps find a run that is open already; returns what travels of it."""
     global _open
-    forget_process()
+    _end_run()
+    _model.lend()
     _open = _Open(to_json(process.peer.config), process)
     return _open.run_json
 
@@ -180,7 +191,7 @@ def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Pat
     """
     global _open
     if _open is None or _open.run_json != run_json:
-        _let_go()
+        forget_process(keep_model=True)
         _write_site_log()
         file = Path(_site_file())
         run, site = from_json(run_json, RunConfig), load_site(file)
@@ -192,7 +203,7 @@ def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Pat
             artifacts=artifacts or Path(own or file.parent / ARTIFACTS),
             plays_clients=True,
             asked_again=artifacts is None,  # else an actor: the client's next greeting may reach another one
-            load=_model.open,
+            load=kept_model,
         )
         if own:
             with contextlib.suppress(OSError):  # what is of no use any more may stay
@@ -211,7 +222,7 @@ def leave_other(flower_run: int) -> None:
     Its file and its rows are then read anew. A run that goes on keeps the process, whatever Flower calls it.
     """
     if _open is not None and _open.flower_run not in (None, flower_run):
-        _let_go()
+        forget_process(keep_model=True)
 
 
 def read_anew() -> None:
@@ -226,15 +237,7 @@ def read_anew() -> None:
         if site == _open.process.peer.site and _model.is_as_lent(site):
             _open.process.client.forget_rows()
             return
-    _let_go()
-
-
-def _let_go() -> None:
-    global _open
-    if _open is not None:
-        _open.process.stop()
-        _model.take_back(_open.process.peer)
-        _open = None
+    forget_process(keep_model=True)
 
 
 def _keep_settings(process: Process) -> None:
@@ -284,9 +287,24 @@ def _site_file() -> str:
     return file
 
 
-def forget_process() -> None:
-    """Let the process's model go, for example between the jobs of a sweep."""
+def forget_process(*, keep_model: bool = False) -> None:
+    """Let the run go that is open in this process, so that the next one finds nothing of it, and its memory free.
+
+    Args:
+        keep_model: Whether the next run may have the model, if that is as it was loaded. Else it goes, too.
+    """
+    process = _end_run()
+    if not keep_model:
+        _model.forget()
+    elif process is not None:
+        _model.take_back(process.peer)
+
+
+def _end_run() -> Process | None:
+    """End what works for the run that is open, if one is; returns its process, which nobody finds any more."""
     global _open
-    if _open is not None:
-        _open.process.stop()
-    _open = None
+    ended, _open = _open, None
+    if ended is None:
+        return None
+    ended.process.stop()
+    return ended.process

@@ -6,12 +6,13 @@ From then on ``run.json`` of the run folder holds that agreement, and nothing of
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings
+from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig
 from fedzo.config.travel import from_json, to_json
 from fedzo.data.rows import RowSource, SimulatedRows
 from fedzo.errors import ConfigError, shell
@@ -29,8 +30,19 @@ from fedzo.trainers import TRAINERS, Prepared, TrainerContext
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact
 
 
-def open_run(launch: LaunchConfig, run_dir: Path, store: RunStore | None = None) -> Process:
-    """A run on this machine, new or to be gone on with, in its folder; ``store``: its logs, if it is to be run.
+def open_run(
+    launch: LaunchConfig,
+    run_dir: Path,
+    store: RunStore | None = None,
+    load: Callable[[SiteConfig, int], LoadedModel] = open_model,
+) -> Process:
+    """A run on this machine, new or to be gone on with.
+
+    Args:
+        launch: The command line.
+        run_dir: Its folder.
+        store: Its logs, if it is to be run.
+        load: As of ``open_process``.
 
     Raises:
         ConfigError: The model, the rows or the inputs are not what the run needs, or not those that it began with.
@@ -41,10 +53,10 @@ def open_run(launch: LaunchConfig, run_dir: Path, store: RunStore | None = None)
     source = row_source(launch, launch.site())
     if isinstance(source, SimulatedRows):
         _ = source.parts  # rows that cannot be used or dealt are refused here, before the model is loaded
-    loaded = open_model(launch.site(), launch.task.max_length)
+    loaded = load(launch.site(), launch.task.max_length)
     check_format(launch, loaded)
     started = time.monotonic()
-    prepared = _prepare(launch, loaded, source, run_dir, resumed=begun is not None)
+    prepared = prepare_trainer(launch, loaded, source, run_dir, resumed=begun is not None)
     prepare_seconds = time.monotonic() - started
     launch.step_policy.check_start(launch.fl, has_gradient=prepared.gradient is not None)
     run = launch.run(_base_of(launch, loaded), prepared.artifact.digest)
@@ -112,16 +124,23 @@ def _check_settings(begun: RunConfig, launch: LaunchConfig, run_dir: Path) -> No
 
 
 def calibration_texts(source: RowSource) -> list[str]:
-    """The prompts of all clients' training rows, for a trainer that is calibrated on them (a simulation only)."""
+    """The prompts of all clients' training rows, for a trainer that is calibrated on them (a simulation only).
+
+    Raises:
+        ConfigError: They are the clients' own.
+    """
     if not isinstance(source, SimulatedRows):
         raise ConfigError(
-            "trainer.calibration=train: the server must have training rows, but they are the clients' own. "
-            "Calibrate on other text (trainer.calibration=file or imdb), or give a mask."
+            "trainer: the server must have training rows for it to read, but with partition=own they are the clients'. "
+            "Write settings with which the trainer needs none, or choose another trainer."
         )
     return source.prompts()
 
 
-def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_dir: Path, *, resumed: bool) -> Prepared:
+def prepare_trainer(
+    launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_dir: Path, *, resumed: bool
+) -> Prepared:
+    """What the trainer of a run prepares at the server, with its progress shown."""
     title = f"preparing {plugin_name('trainer', launch.trainer)}"
     with phase(title, enabled=launch.report.progress) as advance:
         context = TrainerContext(

@@ -11,6 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from fedzo.bench.step import open_bench
+from fedzo.cli import main
 from fedzo.commands.replay import replay_run
 from fedzo.commands.train import start_run
 from fedzo.config.load import load
@@ -170,3 +171,17 @@ def test_a_missing_library_is_named(
     monkeypatch.setattr(source, "find_spec", lambda name: None if name == library else name)
     with pytest.raises(ConfigError, match=r"pip install 'fedzo\[quantized\]'"):
         start_run(load(overrides(*SMALL, f"model.quantization={kind}")), tmp_path / "run", overrides=[])
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_jobs_of_a_sweep_over_packed_weights_are_the_runs_that_they_are_alone(
+    kind: Quantization, overrides: Overrides, run: Run, tmp_path: Path
+) -> None:
+    """The second one is given the model of the first."""
+    words, folder = [*SMALL, f"model.quantization={kind}"], tmp_path / "sweep"
+    where = [f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=job${hydra:job.num}"]
+
+    assert main(["train", "-m", *overrides(*words, "seed=0,1", *where)]) == 0
+
+    logs = [(folder / f"job{seed}" / "public.jsonl").read_bytes() for seed in (0, 1)]
+    assert logs == [(run(*words, f"seed={seed}") / "public.jsonl").read_bytes() for seed in (0, 1)]

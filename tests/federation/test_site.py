@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import shutil
 import weakref
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,8 +47,10 @@ from fedzo.run.process import Process, forget_process, keep_process, leave_other
 from fedzo.run.site_model import SiteModel
 from fedzo.run.start import open_run
 from fedzo.system import SITE_ARTIFACTS_ENV
-from fedzo.testing.tiny_models import save_tiny_model
+from fedzo.testing.tiny_models import save_tiny_model, tiny_model
+from fedzo.trainers.adapters import LoraTrainerConfig
 from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
+from fedzo.trainers.mezo import MezoConfig
 from fedzo.zo.log import EMPTY_CHAIN
 
 Run = Callable[..., Path]
@@ -238,16 +242,17 @@ def test_a_run_that_was_launched_in_this_process_stays_open(overrides: Overrides
     ],
 )
 def test_a_site_that_cannot_take_part_is_refused_by_the_rule(
-    trainer: str, site: str, message: str, run: Run, opened: Callable[[Path, str], Process], data_dir: Path
+    trainer: str, site: str, message: str, finished: Run, opened: Callable[[Path, str], Process], data_dir: Path
 ) -> None:
-    folder = run("fl.rounds=1", f"trainer={trainer}")
+    folder = finished("fl.rounds=1", f"trainer={trainer}")
 
     with pytest.raises(ConfigError, match=message):
         opened(folder, f"data: {{path: {data_dir}}}\n{site}\n")
 
 
-def test_a_process_without_a_site_file_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run("fl.rounds=1")
+def test_a_process_without_a_site_file_says_what_is_missing(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished("fl.rounds=1")
+    forget_process()  # what another test has left
     monkeypatch.delenv("FEDZO_SITE", raising=False)
 
     with pytest.raises(ConfigError, match="FEDZO_SITE must name the file with this site's configuration"):
@@ -598,3 +603,76 @@ def test_a_site_whose_gpu_is_busy_when_it_starts_tells_the_run_that_asks(
         with pytest.raises(RuntimeError, match=busy):
             model.open(site, 16)
     assert model.open(site, 16).base_digest  # it is free again
+
+
+def unlike(model: Any) -> dict[str, Callable[[], object]]:
+    """Ways to make another model of one, by what is changed."""
+    norm, layer = model.model.norm, model.model.layers[0]
+    wide = layer.mlp.up_proj.weight
+    return {
+        "nothing": lambda: None,
+        "a bit of a weight": lambda: norm.weight.data[:1].add_(1e-6),
+        "a buffer": lambda: model.model.rotary_emb.inv_freq.mul_(0.5),
+        "what a layer remembers": lambda: setattr(model.model.rotary_emb, "max_seq_len_cached", 7),
+        "what a layer has": lambda: setattr(layer, "found", object()),
+        "a hook": lambda: norm.register_forward_hook(lambda *_: None),
+        "how a weight lies": lambda: setattr(wide, "data", wide.data.t().contiguous().t()),
+        "its files": lambda: Path("/no/such/file").read_bytes(),
+    }
+
+
+@pytest.mark.parametrize("changed", [*unlike(tiny_model())])
+def test_a_site_keeps_its_model_where_a_run_has_left_it_as_it_was(changed: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    site, model = SiteConfig(model=ModelConfig(name=str(folder)), device="cpu", threads=1), SiteModel()
+    first = model.open(site, 16)
+    model.lend()
+    peer: Any = SimpleNamespace(loaded=first, reset=unlike(first.model)[changed])
+
+    model.take_back(peer)
+
+    assert (model.open(site, 16).model is first.model) == (changed == "nothing")
+
+
+@pytest.mark.parametrize(("trainer", "resets"), [(MezoConfig(), []), (LoraTrainerConfig(), ["reset"])])
+def test_no_second_model_is_read_to_undo_what_a_run_has_made_of_the_first(
+    trainer: Any, resets: list[str], tmp_path: Path
+) -> None:
+    """Of files that cannot be read weight by weight, such as GGUF: the next run reads them in place of the model."""
+    folder = save_tiny_model(tmp_path / "model")
+    site, model = SiteConfig(model=ModelConfig(name=str(folder)), device="cpu", threads=1), SiteModel()
+    loaded, seen = replace(model.open(site, 16), reads_whole=True), list[str]()
+    model.lend()
+    peer: Any = SimpleNamespace(
+        loaded=loaded, reset=lambda: seen.append("reset"), config=SimpleNamespace(trainer=trainer)
+    )
+
+    model.take_back(peer)
+
+    assert seen == resets
+    assert (model.open(site, 16).model is loaded.model) == bool(resets)
+
+
+def test_each_run_on_a_kept_model_has_in_its_log_what_was_said_when_it_was_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But what is said of the run's own texts, each time anew."""
+    log = logging.getLogger("fedzo.models.load")
+
+    def check_length(model: object, max_length: int, *, name: str) -> None:
+        log.warning("texts of %d tokens", max_length)
+
+    def opened(site: SiteConfig, max_length: int) -> LoadedModel:
+        log.warning("its %s is odd", "head")
+        check_length(None, max_length, name="")
+        return open_model(site, max_length)
+
+    monkeypatch.setattr(site_model, "open_model", opened)
+    monkeypatch.setattr(site_model, "check_length", check_length)
+    folder = save_tiny_model(tmp_path / "model")
+    site, model = SiteConfig(model=ModelConfig(name=str(folder)), device="cpu", threads=1), SiteModel()
+    for max_length in (16, 8):
+        caplog.clear()
+        model.open(site, max_length)
+        said = sorted(record.getMessage() for record in caplog.records if record.name == log.name)
+        assert said == ["its head is odd", f"texts of {max_length} tokens"]
