@@ -63,6 +63,8 @@ def choose_most_sensitive(
     sizes = {name: each.numel() for name, each in parameters.items()}
     needed = _SUM_BYTES * sum(sizes.values())
     if 2 * needed <= memory_bytes:
+        once = "mask: the sums of %d tensors take %.0f MiB, so calibration passes over its text once"
+        logger.info(once, len(parameters), 2 * needed / 2**20)
         squares, signed = WindowGradients(model, windows, loss_fn, on_window).sums(parameters)
         chosen = _chosen_of(choose, squares)
         return chosen, {name: signed[name][flat] for name, flat in chosen.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
+from fedzo.records.decode import canonical
 from fedzo.zo.spaces.masked import check_indices
 
 OTHER_MODEL = "It is a mask of another model. Make one with `fedzo mask --out FILE`, and write inputs.artifact=FILE."
@@ -91,8 +91,3 @@ def little_endian(values: torch.Tensor) -> bytes:
     """The numbers as they are hashed, on every machine alike."""
     array = values.detach().cpu().numpy()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
-def canonical(value: object) -> bytes:
-    """JSON as it is hashed: keys sorted, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.masks.mask import Mask, canonical, little_endian
-from fedzo.records.decode import decode_json, to_json
+from fedzo.masks.mask import Mask, little_endian
+from fedzo.records.decode import canonical, decode_json, to_json
 from fedzo.records.fields import Hash, Length, Within, Words
 from fedzo.records.folder import raised_as, replace_file
 

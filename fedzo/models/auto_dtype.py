@@ -24,6 +24,7 @@ from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.masked import MaskedSpace
 
 NUM_DIRECTIONS = 4
+"""Of which scalars are compared, unless a step has more."""
 _LARGEST_ERROR = 0.1
 _LARGEST_TIME = 0.9
 _MAX_NAMES = 5
@@ -37,10 +38,15 @@ class Trial:
     seconds: float
 
 
-def try_out(space: Space, estimator: Estimator, loss_fn: LossFn, keys: Sequence[int], num_warm_ups: int = 1) -> Trial:
-    """Estimate along the directions of ``keys``, after warm-ups along the first: kernels are compiled and recorded."""
+def try_out(
+    space: Space, estimator: Estimator, loss_fn: LossFn, keys: Sequence[int], num_warm_ups: int = 1, num_probes: int = 1
+) -> Trial:
+    """Estimate along the directions of ``keys``, after warm-ups: kernels are compiled and recorded.
+
+    A warm-up is a step of ``num_probes``, along the first of them: with fewer an estimator may have nothing to compare.
+    """
     for _ in range(num_warm_ups):
-        estimator.estimate(space, loss_fn, keys[:1])
+        estimator.estimate(space, loss_fn, keys[:num_probes])
     begin = time.perf_counter()
     projections = estimator.estimate(space, loss_fn, keys)
     seconds = time.perf_counter() - begin
@@ -69,9 +75,15 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which contender is taken in place of float32, if any."""
+    """Which contender is taken in place of float32, if any.
+
+    Attributes:
+        contenders: Those that were measured.
+        num_directions: Along so many directions.
+    """
 
     contenders: tuple[Contender, ...]
+    num_directions: int
 
     @property
     def name(self) -> str:
@@ -84,8 +96,8 @@ class Choice:
             f"{each.name} {each.error:.1%} off in {each.time:.2f} of the time" for each in self.contenders
         )
         return (
-            f"model.dtype=auto: {self.name} is chosen. Scalars along {NUM_DIRECTIONS} directions, beside float32's "
-            f"(at most {_LARGEST_ERROR:.0%} off, rms, in at most {_LARGEST_TIME:.2f} of the time): {found}."
+            f"model.dtype=auto: {self.name} is chosen. Scalars along {self.num_directions} directions, beside "
+            f"float32's (at most {_LARGEST_ERROR:.0%} off, rms, in at most {_LARGEST_TIME:.2f} of the time): {found}."
         )
 
 
@@ -97,7 +109,7 @@ def choose_dtype(wide: Trial, others: Mapping[str, Trial]) -> Choice:
         error = math.sqrt(float(np.mean((trial.g - wide.g) ** 2)) / size) if size > 0 else math.inf
         return Contender(name, error if math.isfinite(error) else math.inf, trial.seconds / wide.seconds)
 
-    return Choice(tuple(of(name, trial) for name, trial in others.items()))
+    return Choice(tuple(of(name, trial) for name, trial in others.items()), num_directions=wide.g.size)
 
 
 def spacing(value: float, dtype: torch.dtype) -> float:

@@ -24,6 +24,7 @@ import torch
 
 from fedzo.errors import ConfigError
 from fedzo.models.config import DType, ModelConfig, Quantization
+from fedzo.system import control_groups
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ TORCH_DTYPES = {
 }
 _MAX_HEADER_BYTES = 100_000_000
 """That safetensors itself takes; the first bytes of another format can name any length."""
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUP = Path("/proc/self/cgroup")
 _FIRST_WITH_BFLOAT16 = 8  # major number of the compute capability: Ampere
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Stored dtypes that ``model.dtype`` casts; codes and what others packed stay as they are."""
@@ -198,17 +197,9 @@ def _header(file: Path) -> dict[str, Any]:
 
 def _limits() -> Iterator[tuple[Path, int]]:
     """The process's control group and those around it that limit memory, each with its limit."""
-    try:
-        lines = OWN_CGROUP.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for path in (line[3:] for line in lines if line.startswith("0::")):
-        own = CGROUPS / path.lstrip("/")
-        for folder in (own, *own.parents):
-            if (limit := _number(folder / "memory.max")) is not None:
-                yield folder, limit
-            if folder == CGROUPS:
-                break
+    for folder in control_groups():
+        if (limit := _number(folder / "memory.max")) is not None:
+            yield folder, limit
 
 
 def _number(file: Path) -> int | None:

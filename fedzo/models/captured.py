@@ -25,13 +25,14 @@ from fedzo.models.checks import mismatch
 from fedzo.models.kept_rows import Output
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
+from fedzo.models.memory import GRAPH_BYTES, MAX_GRAPHS
 from fedzo.models.plan import bucketed_width
 from fedzo.sketch.linear import scratch_in_use
+from fedzo.system import is_out_of_memory, warn_once
 from fedzo.zo.perturb import PerturbedWeights, probe_of
 
 log = logging.getLogger(__name__)
 
-_MAX_GRAPHS = 64
 _NUM_COMPARED = 3  # runs of a graph, which count as eager ones: with the forward before it, they are two whole probes
 NUM_EAGER = 1 + _NUM_COMPARED
 """Forwards of a shape that run eagerly, all or beside its graph, before its graph runs alone."""
@@ -138,6 +139,11 @@ class _Captured:
     """What its kernels read and write beside the model."""
     num_compared: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Of what it has for itself: what lies between kernels is shared."""
+        return sum(each.nbytes for each in (*self.inputs, self.output))
+
     def run(self, inputs: Sequence[torch.Tensor], probe: PerturbedWeights | None) -> torch.Tensor:
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given)
@@ -151,10 +157,11 @@ class Captures:
     """Forwards as graphs, one for each shape of their inputs from its second use on.
 
     A graph's first runs are compared with the eager forward, whose result they give; one of perturbed weights also at a
-    scale at which none can be missed. Where a forward cannot be captured, or comes out otherwise, all are eager from
-    then on, after one warning. A forward with gradients always is.
+    scale at which none can be missed. Where a forward cannot be captured, comes out otherwise, or has no memory beside
+    the graphs, these go and all are eager from then on, after one warning. A forward with gradients always is.
 
-    Memory: what lies between kernels, once for all graphs; of each its output; and an eager forward beside them.
+    Memory: what lies between kernels, once for all graphs; of each its inputs and its output, of which at most
+    ``GRAPH_BYTES`` are kept, those used last; and an eager forward beside them.
 
     Args:
         module: What the forwards compute with. Its modules must stay as they are; its values may change in place.
@@ -181,7 +188,13 @@ class Captures:
                     return captured
             except Exception as error:  # a model may do anything that cannot be recorded, and CUDA raises what it likes
                 self._give_up(error)
-        return work(*inputs)
+        try:
+            return work(*inputs)
+        except (RuntimeError, MemoryError) as error:
+            if not (self._graphs and is_out_of_memory(error)):
+                raise
+            self._give_up(error)
+        return work(*inputs)  # in the memory that they had
 
     def _captured(self, name: str, work: Work, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         """From a graph; None where a shape is seen first."""
@@ -202,9 +215,8 @@ class Captures:
             if probe:
                 with probe.afresh(_LARGE):
                     _compare(captured.run(inputs, probe), work(*inputs))
-            if len(self._graphs) > _MAX_GRAPHS:
-                oldest, _ = self._graphs.popitem(last=False)
-                self._seen.discard(oldest)
+            while len(self._graphs) > MAX_GRAPHS or (len(self._graphs) > 1 and self._num_bytes() > GRAPH_BYTES):
+                self._seen.discard(self._graphs.popitem(last=False)[0])
         captured = self._graphs[key]
         self._graphs.move_to_end(key)
         output = captured.run(inputs, probe)
@@ -234,16 +246,16 @@ class Captures:
                     output = graph.capture(run)
         return _Captured(graph, held, output, kept=(probe and probe.groups, scratch_in_use()))
 
+    def _num_bytes(self) -> int:
+        return sum(each.nbytes for each in self._graphs.values())
+
     def _give_up(self, error: Exception) -> None:
         self.gave_up = True
         self._graphs.clear()
         cause = error.__context__ or error  # where a capture fails, its end fails, too
-        log.warning(
-            "%s cannot run as CUDA graphs, its kernels are started one by one: %s: %s",
-            self._name,
-            type(cause).__name__,
-            " ".join(str(cause).split())[:400],
-        )
+        what = f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}"
+        # once, though a run that chooses its dtype captures the same model several times
+        warn_once(log, f"{self._name} cannot run as CUDA graphs, its kernels are started one by one: {what}")
 
 
 class Hidden(NamedTuple):
@@ -313,7 +325,7 @@ def capture(
         new_graph: Makes an empty graph; by default a ``CudaGraphs``.
     """
     if not loaded.direct_head:
-        log.warning("%s: its LM head cannot be applied apart, so there are no CUDA graphs", loaded.source)
+        warn_once(log, f"{loaded.source}: its LM head cannot be applied apart, so there are no CUDA graphs")
         return loaded, lower
     new_graph = new_graph or CudaGraphs(loaded.device)
     decoder = CapturedDecoder(loaded, longest=longest, lower=lower, new_graph=new_graph)

@@ -18,6 +18,7 @@ from fedzo.models.config import DType, ModelConfig, TransformersConfig
 from fedzo.models.generate import end_tokens, generate_tokens
 from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
+from fedzo.system import is_out_of_memory
 from fedzo.zo.directions import PURPOSE_SAMPLING, philox_words, stream_key
 
 
@@ -85,7 +86,9 @@ class LocalChat:
                 before=noise.begin,
                 change=noise,
             )
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise EndpointError(
                 f"rewriter.model {model!r}: the memory does not hold {len(prompts)} prompts at once. Lower "
                 "rewriter.batch_size; what is done is kept."

@@ -81,8 +81,9 @@ class ModelConfig:
     """Dtype of the weights in a forward; trained values have a float32 master, unless all weights are trained."""
     quantization: Quantization = Quantization.none
     """Quantizes the frozen weights under an adapter. Each site may choose its own. Needs ``fedzo[quantized]``."""
-    tokens_per_batch: int = 4096
-    """Most tokens (padding included) in one forward; larger batches are split."""
+    tokens_per_batch: int = 0
+    """Most tokens (padding included) in one forward; larger batches are split. 0 takes 4,096, on CUDA 16,384. Where
+    memory does not hold so many, they are halved until it does."""
     compile: bool = False
     """Forwards through ``torch.compile``, on CUDA as CUDA graphs. Batches are padded to a few shapes, and the first
     forward of each waits for the compiler. Needs a C++ compiler; losses differ from eager ones in the last bits."""
@@ -92,7 +93,7 @@ class ModelConfig:
     yet."""
     reuse_lower_layers: bool = True
     """Compute the blocks below the first trained one once per step, and reuse their output in its other forwards.
-    Losses keep their bits. No effect with ``compile`` or ``estimator.freeze_routing``."""
+    Losses keep their bits. No effect with ``compile``, ``estimator.freeze_routing`` or ``task.loss=score``."""
     lower_layers_cache_mb: int = 0
     """MiB to cache these blocks' output per row, for the whole run. Filled before a client's first step. Scores of
     one-token answers have another cache of this size. Losses differ by rounding."""

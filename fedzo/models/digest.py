@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fedzo.records.decode import canonical
 from fedzo.system import usable_cpus
 
 Entry = tuple[str, str, tuple[int, ...], str]
@@ -94,8 +95,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
             for text in _TEXTS
         ],
     }
-    text = json.dumps(held, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical(held)).hexdigest()
 
 
 def architecture_digest(config_file: Path | None) -> str:
@@ -108,8 +108,7 @@ def architecture_digest(config_file: Path | None) -> str:
         config_file: The file; None where the files of the weights hold the configuration, too.
     """
     held = {} if config_file is None else _of_computation(json.loads(config_file.read_text(encoding="utf-8")))
-    text = json.dumps(held, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical(held)).hexdigest()
 
 
 def _of_computation(held: Any) -> Any:

@@ -127,7 +127,11 @@ class LowerLayers:
             yield
 
     def weights(self) -> Hashable:
-        """Where all tensors lie but the trained ones and their blocks', and how often torch has written to each."""
+        """Where all tensors lie but the trained ones and their blocks', and torch's count of the writes to each.
+
+        Torch counts its own. Whoever writes past it adds to the count (``torch.autograd.graph.increment_version``), as
+        spaces do.
+        """
         upper = {id(parameter) for block in self.upper for parameter in block.parameters()}
         upper.update(map(id, self.trained))
         tensors = (*self.model.parameters(), *self.model.buffers())

@@ -71,10 +71,12 @@ def example_losses(
         Float64 [num_examples] in the planning's arithmetic.
 
     Raises:
-        ConfigError: There is no example, or one has an empty prompt or answer.
+        ConfigError: There is no example, one has an empty prompt or answer, or the loss is ``score``.
     """
     if not examples:
         raise ConfigError("a loss needs at least one example, got none. Check the batch size and the client's rows.")
+    if loss is Loss.score:
+        raise ConfigError("the loss of rows must be candidates or lm, got score, which a batch has. Pass Loss.lm.")
     labels = [example.label for example in examples]
     if loss is Loss.lm:
         answers = [_answer(example, label) for example, label in zip(examples, labels, strict=True)]

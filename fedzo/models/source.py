@@ -28,6 +28,7 @@ from fedzo.models.digest import file_digest
 from fedzo.models.saved import disk_errors, sync_files
 from fedzo.records.folder import raised_as, sync_folder
 from fedzo.sketch import SketchLinear
+from fedzo.system import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -144,11 +145,6 @@ def quantization_arguments(kind: Quantization, *, device: torch.device, dtype: t
 
             packing = TorchAoConfig(Int8WeightOnlyConfig())
     return {"quantization_config": packing, "device_map": {"": device}}
-
-
-def cache_root() -> Path:
-    """``$FEDZO_CACHE``, by default ``~/.cache/fedzo``."""
-    return Path(os.environ.get("FEDZO_CACHE") or Path.home() / ".cache" / "fedzo").expanduser()
 
 
 def embedded_folder() -> Path:

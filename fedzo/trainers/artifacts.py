@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedzo.errors import ProtocolError
+from fedzo.models.digest import file_digest
 from fedzo.records.fields import HASH
 from fedzo.records.folder import keep_owner, make_folder, open_file, refuse_link
 
@@ -90,7 +91,7 @@ class ArtifactStore:
             seen = (before.st_ino, before.st_mtime_ns)
             if self._spoilt.get(digest) == seen:
                 return None
-            if _digest(path) == digest:
+            if file_digest(path) == digest:
                 self._checked[digest] = Artifact(digest, path.stat().st_size, path)
             else:
                 self._spoilt[digest] = seen
@@ -111,7 +112,7 @@ class ArtifactStore:
                 else:
                     with content.open("rb") as given:
                         shutil.copyfileobj(given, file)
-                    digest = _digest(content)
+                    digest = file_digest(content)
                 file.flush()
                 return self._complete(Path(file.name), digest)
             except BaseException:
@@ -151,7 +152,7 @@ class ArtifactStore:
                 file.flush()
             if held < size:
                 return held
-            if (found := _digest(part)) != digest:
+            if (found := file_digest(part)) != digest:
                 part.unlink(missing_ok=True)
                 raise ProtocolError(f"{name_of(digest)}: its SHA-256 must be {digest}, got {found}. Send it again.")
             self._complete(part, digest)
@@ -194,8 +195,3 @@ def _open_alone(part: Path) -> Iterator[BinaryIO]:
             if current:  # else the process before this one has renamed or removed it
                 yield file
                 return
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

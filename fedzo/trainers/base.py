@@ -119,7 +119,8 @@ class TrainerContext:
     Attributes:
         folder: The run folder; what is prepared is kept there and found again by a resumed run.
         seed: The run seed.
-        texts: Gives the unlabelled calibration documents.
+        texts: Gives the prompts of all clients' training rows, in a simulation. Where clients have rows of their own it
+            raises a ``ConfigError``, and where steps are only timed (``TrainerConfig.for_timing``) it gives none.
         advance: Progress of long work.
         inputs: Files that the user gave.
         resumed: Whether an earlier start of this run prepared it here. Else a file in the folder is of other settings.

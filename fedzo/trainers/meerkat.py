@@ -22,7 +22,8 @@ from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
 from fedzo.masks.select import Granularity, Selector, select_mask
 from fedzo.models.available import available_memory_bytes
 from fedzo.models.blocks import parameters_from
-from fedzo.models.memory import calibration_memory_bytes
+from fedzo.models.memory import calibration_memory_bytes, calibration_window_bytes, weights_bytes
+from fedzo.system import device_text
 from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerConfig, TrainerContext, TrainerTraits
 from fedzo.trainers.calibration import CalibratedConfig, CalibrationSource, calibration_windows
@@ -142,12 +143,8 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, context: TrainerCont
     """Choose a mask as the configuration says, of what a text passes."""
     windows, memory_bytes, host = [], math.inf, available_memory_bytes(torch.device("cpu"))
     if config.selector is Selector.sensitivity:
+        memory_bytes = _room_for_sums(loaded, config.calibration_tokens)
         windows = calibration_windows(config, loaded, context)
-        memory_bytes = calibration_memory_bytes(
-            loaded.model,
-            num_tokens=config.calibration_tokens,
-            available_bytes=available_memory_bytes(loaded.device),
-        )
     mask = select_mask(
         loaded.model,
         density=config.density,
@@ -165,3 +162,19 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, context: TrainerCont
     if config.first_layer:
         told["first_layer"] = str(config.first_layer)
     return replace(mask, manifest={**mask.manifest, **told})
+
+
+def _room_for_sums(loaded: LoadedModel, num_tokens: int) -> float:
+    """Bytes that sums of gradients may take beside the model and a window of so many tokens; said before any work."""
+    model, free = loaded.model, available_memory_bytes(loaded.device)
+    room = calibration_memory_bytes(model, num_tokens=num_tokens, available_bytes=free)
+    log.info(
+        "mask: the model takes %.3f GiB of the memory of %s, and %.3f GiB are free. Of these, a window of calibration "
+        "text takes %.3f GiB at most, and sums of gradients may take %.3f GiB",
+        weights_bytes(model) / 2**30,
+        device_text(loaded.device),
+        free / 2**30,
+        calibration_window_bytes(model, num_tokens=num_tokens) / 2**30,
+        max(0.0, room) / 2**30,
+    )
+    return room

@@ -29,7 +29,7 @@ SHARED = 0xFFFFFFFF
 """The owner of directions that all clients share."""
 PURPOSE_DIRECTION, PURPOSE_ROUNDING, PURPOSE_DATA, PURPOSE_SAMPLING, PURPOSE_MASK, PURPOSE_INIT = 0, 1, 3, 4, 5, 6
 PURPOSE_POOL = 7
-PURPOSE_SPLIT, PURPOSE_DEAL, PURPOSE_HOLDOUT, PURPOSE_SELECTION = 16, 17, 18, 19
+PURPOSE_SPLIT, PURPOSE_DEAL, PURPOSE_HOLDOUT, PURPOSE_SELECTION = 16, 17, 18, 19  # those from 256 on are plugins'
 
 Words = npt.NDArray[np.uint32]
 _M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
@@ -145,8 +145,9 @@ def halves_at(key: int, coordinates: torch.Tensor, *, purpose: int) -> torch.Ten
 
     Coordinate i has half i % 8 of block i // 8: the low half of word (i % 8) // 2 if i is even, else the high half.
     """
-    j = coordinates % 8
-    return _pick(_words_at(key, coordinates // 8, purpose=purpose), j // 2) >> j % 2 * 16 & 0xFFFF
+    # shifts and masks, here and below: before torch 2.8, Apple's GPUs divided integers through float32
+    j = coordinates & 7
+    return _pick(_words_at(key, coordinates >> 3, purpose=purpose), j >> 1) >> (j & 1) * 16 & 0xFFFF
 
 
 def direction_at(
@@ -155,9 +156,9 @@ def direction_at(
     """z at arbitrary coordinates (int64, any shape, any device); float32 of the same shape. Pure torch integers."""
     if distribution is Distribution.gaussian:
         return _table_on(coordinates.device)[halves_at(key, coordinates, purpose=PURPOSE_DIRECTION)]
-    j = coordinates % 128
-    word = _pick(_words_at(key, coordinates // 128, purpose=PURPOSE_DIRECTION), j // 32)
-    return (1 - 2 * (word >> j % 32 & 1)).to(torch.float32)
+    j = coordinates & 127
+    word = _pick(_words_at(key, coordinates >> 7, purpose=PURPOSE_DIRECTION), j >> 5)
+    return (1 - 2 * (word >> (j & 31) & 1)).to(torch.float32)
 
 
 def fused(device: torch.device) -> CudaDirections | None:

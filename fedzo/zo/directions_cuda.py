@@ -1,7 +1,7 @@
 """Directions on CUDA: ``directions.cu``, launched over one tensor, many tensors, rows, or a mask's weights.
 
-The number of launches does not grow with the number of tensors: their addresses, coordinates and sizes lie in a table
-on the device (``Pieces``). ``fedzo.zo.directions`` takes these kernels where they run and make the specified bits.
+One launch takes any number of tensors: their addresses, coordinates and sizes lie in a table on the device
+(``Pieces``). ``fedzo.zo.directions`` takes these kernels where they run and make the specified bits.
 """
 
 from __future__ import annotations
@@ -113,6 +113,9 @@ class CudaDirections:
         processors: Multiprocessors of the device.
         shared_bytes: Shared memory that a block can have. The table needs 128 KiB; with less it is read from
             global memory.
+
+    Attributes:
+        shares_table: Whether blocks read the table from their shared memory.
     """
 
     def __init__(self, launch: Launch, table: torch.Tensor, *, processors: int, shared_bytes: int) -> None:
@@ -120,7 +123,7 @@ class CudaDirections:
         self._table = table
         self._table_address = table.data_ptr()
         self._processors = processors
-        self._shares_table = shared_bytes >= _TABLE_BYTES
+        self.shares_table = shared_bytes >= _TABLE_BYTES
         self._draw = torch.zeros(3, dtype=torch.int32, device=table.device)
         self._written: tuple[int, float] | None = None
         self._reads_later = False
@@ -250,7 +253,7 @@ class CudaDirections:
     ) -> None:
         """Launch ``blocks`` blocks, or as many as the device holds at once if that is less."""
         gaussian = distribution is Distribution.gaussian
-        shares = gaussian and self._shares_table
+        shares = gaussian and self.shares_table
         if later := self._reads_later:
             if (key, scale) != self._written:
                 raise RuntimeError(f"{name}: must be started with the draw {self._written} that is in memory")

@@ -1,16 +1,20 @@
-"""Many tensors moved at once: on CUDA by a number of launches that does not grow with the number of tensors.
+"""Many tensors moved at once: on CUDA by one launch for each group of them, however many tensors that has.
 
-Where there are no fused kernels the same is done tensor after tensor.
+A step moves all weights of a device and dtype as one group. A probe makes weights on their way into the forward, so
+that few are there at a time: the small ones as one group, of the others as many neighbours as take 128 MiB, and alone
+what is larger or of an embedding's shape. So its launches grow with the bytes of the large weights, and not with the
+number of the small ones. Where there are no fused kernels the same is done tensor after tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import groupby
 
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from fedzo.system import consecutive
 from fedzo.zo.config import Distribution
@@ -45,11 +49,12 @@ class TensorGroup:
         if (kernels := self._kernels()) is not None:
             pieces, scale32 = self._pieces_now(in_place=True), float(np.float32(scale))
             kernels.add_pieces(pieces, key, scale=scale32, distribution=distribution, stochastic=stochastic)
-            return
-        for tensor, start in zip(self._tensors, self._starts, strict=True):
-            add_direction(
-                tensor, key, scale=scale, start=start, out=tensor, distribution=distribution, stochastic=stochastic
-            )
+        else:
+            for tensor, start in zip(self._tensors, self._starts, strict=True):
+                add_direction(
+                    tensor, key, scale=scale, start=start, out=tensor, distribution=distribution, stochastic=stochastic
+                )
+        increment_version(self._tensors)  # kernels write past torch, which counts its own writes alone
 
     def moved(
         self, key: int, *, scale: float, distribution: Distribution, in_place_of_last: bool = False
@@ -98,15 +103,20 @@ def all_together(tensors: Sequence[torch.Tensor], starts: Sequence[int]) -> list
     return [_of(tensors, starts, group) for group in places.values()]
 
 
+def embedding_shapes(model: nn.Module) -> set[torch.Size]:
+    """Shapes of the weights of which a forward reads few rows."""
+    return {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
 def reading_order(
-    model: nn.Module, parameters: Sequence[nn.Parameter], starts: Sequence[int]
+    embeddings: Container[torch.Size], parameters: Sequence[nn.Parameter], starts: Sequence[int]
 ) -> tuple[list[TensorGroup], dict[int, TensorGroup]]:
     """What a probe makes in one launch: small weights, and larger ones with their neighbours, which are read soon.
 
     Not of it: weights that fill a group alone, and those of an embedding's shape, of which few rows are read.
 
     Args:
-        model: Its embeddings are looked at.
+        embeddings: Shapes of the model's embeddings.
         parameters: The trained ones, contiguous, in the order of ``named_parameters``.
         starts: Coordinates of their first elements.
 
@@ -114,7 +124,6 @@ def reading_order(
         The small ones, and for others, by their ``id``, whom they are made with. Nothing where there are no kernels.
     """
     there = [i for i, parameter in enumerate(parameters) if fused(parameter.device) is not None]
-    embeddings = {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
     small = [i for i in there if parameters[i].numel() <= _SMALL]
     large = [i for i in there if parameters[i].numel() > _SMALL and parameters[i].nbytes <= _GROUP_BYTES]
     large = [i for i in large if parameters[i].shape not in embeddings]

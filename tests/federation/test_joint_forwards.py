@@ -81,11 +81,11 @@ def test_joint_scalars_equal_separate_ones_but_for_rounding(run: Run, lines: Lin
 
 @pytest.mark.parametrize("server_optimizer", ["sgd", "scaffold"])
 def test_places_that_are_walked_anew_give_the_same_bytes(
-    run: Run, monkeypatch: pytest.MonkeyPatch, server_optimizer: str
+    run: Run, finished: Run, monkeypatch: pytest.MonkeyPatch, server_optimizer: str
 ) -> None:
     """Where there is no memory to keep a client's place on its local path."""
     settings = [*FIVE_STEPS, f"server_optimizer={server_optimizer}"]
-    kept = run(*settings)
+    kept = finished(*settings)
     monkeypatch.setattr(scalar_update, "_KEPT_BYTES", 0)
     anew = run(*settings)
 
@@ -94,10 +94,10 @@ def test_places_that_are_walked_anew_give_the_same_bytes(
 
 @pytest.mark.parametrize("server_optimizer", ["sgd", "scaffold"])
 def test_a_gpus_products_agree_with_those_of_a_cpu(
-    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, server_optimizer: str
+    run: Run, finished: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, server_optimizer: str
 ) -> None:
     settings = [*FIVE_STEPS, f"server_optimizer={server_optimizer}"]
-    host = run(*settings)
+    host = finished(*settings)
     monkeypatch.setattr(own_weights, "_HostProducts", own_weights._DeviceProducts)
     device = run(*settings)
 
@@ -194,6 +194,34 @@ def test_where_memory_runs_out_in_a_later_step_clients_share_the_first_alone_fro
     told = [record.message for record in caplog.records if "cannot share" in record.message]
     assert len(told) == 1
     assert told[0].endswith("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "joint forwards failed" not in caplog.text
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_where_memory_runs_out_in_a_first_step_no_client_shares_a_forward_from_then_on(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    settings, asked = ["fl.num_clients=4", f"fl.local_steps={steps}"], list[int]()
+    alone, original = run(*settings), scalar_update.example_losses
+
+    def scarce(loaded: Any, rows: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if len(rows) > 2:  # those of a client's step
+            asked.append(len(rows))
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+        return original(loaded, rows, *args, **kwargs)
+
+    monkeypatch.setattr(scalar_update, "example_losses", scarce)
+    found = run(*settings, TOGETHER)
+
+    mine, theirs = ([line["clients"] for line in lines(folder, "audit.jsonl")] for folder in (found, alone))
+    assert mine == theirs
+    assert asked == [8]  # in three rounds
+    told = [record for record in caplog.records if "cannot share" in record.getMessage()]
+    assert [record.getMessage() for record in told] == [
+        "clients cannot share the forwards of a round with this model on this device: CUDA out of memory. Tried to "
+        "allocate 2.00 GiB"
+    ]
+    assert told[0].exc_info is None
     assert "joint forwards failed" not in caplog.text
 
 

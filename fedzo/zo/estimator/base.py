@@ -135,10 +135,14 @@ class ZerothOrderConfig(EstimatorConfig):
 
 
 class Estimator(Protocol):
-    """Estimates projected gradients by nothing but a space's ``probe``; leaves the model's bits as they were."""
+    """Estimates projected gradients by a space's ``probe``, and leaves the model's bits as they were.
+
+    Of the space it may also know ``size`` and ``distribution``, by which it can make the directions of its keys. One
+    object serves all clients of a process, in any order, so nothing is remembered between two calls.
+    """
 
     def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
-        """One projection for each stream key, all at the same theta and on the same batch.
+        """One projection for each stream key, whatever their number, all at the same theta and on the same batch.
 
         When the loss is asked for, and how often, depends on the keys alone and never on a loss: so many clients'
         losses can be evaluated together and handed out afterwards (``estimate_together``).
@@ -167,8 +171,12 @@ class GradientEstimator(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
 class Still:
     """Stands for a space whose losses are known already: a probe of it moves nothing."""
+
+    size: int
+    distribution: Distribution
 
     def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -194,7 +202,8 @@ def estimate_together(
 
     estimator.estimate(space, joint, keys)
     answers = [iter([float(losses[i]) for losses in asked]) for i in range(count)]
-    return [estimator.estimate(cast(Space, Still()), answer.__next__, keys) for answer in answers]
+    still = cast(Space, Still(space.size, space.distribution))
+    return [estimator.estimate(still, answer.__next__, keys) for answer in answers]
 
 
 ESTIMATORS: Registry[Estimator | GradientEstimator] = Registry("estimator", base=EstimatorConfig)

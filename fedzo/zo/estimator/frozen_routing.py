@@ -20,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fedzo.errors import NumericsError
+from fedzo.zo.config import Distribution
 from fedzo.zo.estimator import ESTIMATORS, Estimator, LossFn, Projection, Still, ZerothOrderConfig
 from fedzo.zo.spaces.base import Space
 
@@ -128,7 +129,8 @@ class Frozen:
             calls.append(None)
             return 0.0
 
-        self.estimate(cast(Space, Still()), counted, range(num_probes))
+        still = Still(64 + num_probes, Distribution.gaussian)  # enough for independent directions
+        self.estimate(cast(Space, still), counted, range(num_probes))
         return len(calls)
 
 
@@ -137,6 +139,7 @@ class _Watched:
 
     def __init__(self, space: Space) -> None:
         self._space = space
+        self.size, self.distribution = space.size, space.distribution
         self.probing = False
 
     @contextmanager

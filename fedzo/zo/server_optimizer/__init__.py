@@ -12,10 +12,11 @@ from fedzo.zo.server_optimizer.base import (
     build_server_optimizer,
     decay,
     learning_rate,
+    norm,
     round_direction,
     step_along,
 )
-from fedzo.zo.server_optimizer.control_variates import FedDyn, FedDynConfig, Scaffold, ScaffoldConfig
+from fedzo.zo.server_optimizer.control_variates import FedDyn, FedDynConfig, Scaffold, ScaffoldConfig, end_models
 from fedzo.zo.server_optimizer.sgd import Momentum, MomentumConfig, Sgd, SgdConfig
 
 __all__ = [
@@ -31,12 +32,14 @@ __all__ = [
     "build_server_optimizer",
     "decay",
     "learning_rate",
+    "norm",
     "round_direction",
     "step_along",
     "FedDyn",
     "FedDynConfig",
     "Scaffold",
     "ScaffoldConfig",
+    "end_models",
     "Momentum",
     "MomentumConfig",
     "Sgd",

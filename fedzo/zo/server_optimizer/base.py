@@ -233,6 +233,22 @@ def step_along(space: Space, along: Values, record: ScalarRecord) -> None:
     space.load(space.values() - np.float32(record.lr) * along)
 
 
+def norm(vector: Values) -> float:
+    """The Euclidean norm, the same bits on every machine, which numpy's own sums do not promise.
+
+    A product of two float32 numbers is exact in float64, and their sum is rounded once, so that no order matters.
+
+    Args:
+        vector: float32 [n].
+
+    Example:
+        >>> norm(np.array([3, -4], np.float32))
+        5.0
+    """
+    wide = vector.astype(np.float64)
+    return math.sqrt(math.fsum(wide * wide))
+
+
 def decay(space: Space, record: LogRecord, weight_decay: float) -> None:
     """theta <- theta * float32(1 - lr * weight_decay); a factor of 1 touches nothing."""
     factor = np.float32(1 - record.lr * weight_decay)

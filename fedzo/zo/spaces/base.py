@@ -52,7 +52,7 @@ class Space(Protocol):
 
     @property
     def distribution(self) -> Distribution:
-        """Law of the directions z."""
+        """Law of the directions z, which ``fedzo.zo.directions.direction`` makes of a key alike for every space."""
         ...
 
     @property
@@ -61,7 +61,10 @@ class Space(Protocol):
         ...
 
     def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
-        """Within the context the model computes at theta + scale * z(key); afterwards its bits are what they were."""
+        """Within the context the model computes at theta + scale * z(key); afterwards its bits are what they were.
+
+        Probes do not add up: one must be left before the next is entered.
+        """
         ...
 
     def step(self, s: float, key: int) -> None:
@@ -143,7 +146,7 @@ def differentiate(loss_fn: GraphLossFn, parameters: Sequence[nn.Parameter]) -> t
 
 
 class MasterSpace:
-    """What spaces with a float32 master share; a subclass says how values enter the model (``_write``).
+    """What spaces with a float32 master share; of its own, a subclass needs ``parameters`` and ``write`` alone.
 
     By itself it is values of no model: where steps lead can be followed without any forward.
     """
@@ -174,11 +177,11 @@ class MasterSpace:
             self._write_moved(scale, key)  # within, since it may fail half-way, for want of memory
             yield
         finally:
-            self._write(self._master)
+            self.write(self._master)
 
     def step(self, s: float, key: int) -> None:
         if not self._move(s, key):
-            self._write(self._master)
+            self.write(self._master)
 
     def steps(self, steps: Sequence[tuple[float, int]]) -> None:
         """``theta <- theta - s * z(key)`` for each (s, key), one after another, but the model is written to once."""
@@ -186,18 +189,18 @@ class MasterSpace:
         for s, key in steps:
             model_has_it = self._move(s, key)
         if not model_has_it:
-            self._write(self._master)
+            self.write(self._master)
 
     def scale_by(self, factor: float) -> None:
         self._master.mul_(factor)
-        self._write(self._master)
+        self.write(self._master)
 
     def values(self) -> Values:
         return self._master.cpu().numpy().copy()
 
     def load(self, values: Values) -> None:
         self._master.copy_(torch.from_numpy(as_values(values, self.size)))
-        self._write(self._master)
+        self.write(self._master)
 
     def mark(self) -> None:
         self._marked = self._master.clone()
@@ -206,7 +209,7 @@ class MasterSpace:
         if self._marked is None:
             raise RuntimeError("rewind without a mark")
         self._master, self._marked = self._marked, None
-        self._write(self._master)
+        self.write(self._master)
 
     def check(self) -> int:
         return zlib.crc32(self._master.cpu().numpy().data)
@@ -220,16 +223,20 @@ class MasterSpace:
     def row_weights(self, model: nn.Module) -> RowWeights | None:
         return None
 
+    def write(self, values: torch.Tensor) -> None:
+        """Let the model compute with ``values``, float32 [n] on the master's device; what is kept of them is a copy.
+
+        Whoever writes past torch has it count that (``torch.autograd.graph.increment_version``): others look there for
+        whether weights have changed.
+        """
+
     def _move(self, s: float, key: int) -> bool:
         """Move the master; returns whether the model computes with where it is now."""
         add_direction(self._master, key, scale=-s, out=self._master, distribution=self.distribution)
         return False
 
     def _write_moved(self, scale: float, key: int) -> None:
-        self._write(add_direction(self._master, key, scale=scale, distribution=self.distribution))
-
-    def _write(self, values: torch.Tensor) -> None:
-        """Let the model compute with ``values``."""
+        self.write(add_direction(self._master, key, scale=scale, distribution=self.distribution))
 
 
 def as_values(values: Values, size: int) -> Values:

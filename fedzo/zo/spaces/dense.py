@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction
@@ -56,5 +57,6 @@ class DenseSpace(MasterSpace):
     def _write_moved(self, scale: float, key: int) -> None:
         add_direction(self._master, key, scale=scale, out=self._buffer, distribution=self.distribution)
 
-    def _write(self, values: torch.Tensor) -> None:
+    def write(self, values: torch.Tensor) -> None:
         self._buffer.copy_(values)
+        increment_version(self._parameters)  # they share the memory of the buffer, but not torch's count of its writes

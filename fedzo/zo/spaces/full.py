@@ -20,7 +20,7 @@ from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.directions_cuda import DTYPES
 from fedzo.zo.perturb import GROUPS_KEPT, PerturbedWeights
 from fedzo.zo.spaces.base import GraphLossFn, RowWeights, Values, as_values, differentiate
-from fedzo.zo.tensor_group import all_together, reading_order
+from fedzo.zo.tensor_group import all_together, embedding_shapes, reading_order
 
 _CHUNK = 1 << 20  # values that are widened to float32 at a time
 _READ_BYTES = 64 << 20  # that are read from the device at a time
@@ -74,7 +74,8 @@ class FullSpace:
         *starts, size = accumulate(sizes, initial=0)
         self._starts, self._size = starts, size
         self._all = all_together(self._parameters, self._starts)
-        self._small, self._groups = reading_order(model, self._parameters, self._starts)
+        self._embeddings = embedding_shapes(model)
+        self._small, self._groups = reading_order(self._embeddings, self._parameters, self._starts)
         self._marked: list[torch.Tensor] | None = None
 
     @property
@@ -146,11 +147,16 @@ class FullSpace:
         return sha.hexdigest()
 
     def step_bytes(self, local_steps: int) -> int:
-        """The largest perturbed weight, what is made together on CUDA, and scratch; a mark copies all weights."""
-        perturbed = max(parameter.nbytes for parameter in self._parameters)
+        """The largest perturbed weight, what is made together on CUDA, and scratch; a mark copies all weights.
+
+        Of a weight of an embedding's shape few rows are made. Whoever reads all of it, as a whole LM head, counts it.
+        """
+        perturbed = max((each.nbytes for each in self._parameters if each.shape not in self._embeddings), default=0)
         groups = sorted(group.nbytes for group in set(self._groups.values()))
         together = sum(groups[-GROUPS_KEPT:]) + sum(small.nbytes for small in self._small)
-        scratch = 3 * 4 * min(_CHUNK, max(parameter.numel() for parameter in self._parameters))
+        as_they_lie = "cpu", torch.float32  # a kernel reads and writes these, and nothing is widened
+        widened = (each.numel() for each in self._parameters if (each.device.type, each.dtype) != as_they_lie)
+        scratch = 3 * 4 * min(_CHUNK, max(widened, default=0))
         mark = sum(parameter.nbytes for parameter in self._parameters)
         return perturbed + together + scratch + (mark if local_steps > 1 else 0)
 

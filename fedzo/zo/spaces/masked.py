@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution
@@ -80,7 +81,7 @@ class MaskedSpace(MasterSpace):
         if not self._launch(self._master, key, scale):
             super()._write_moved(scale, key)
 
-    def _write(self, values: torch.Tensor) -> None:
+    def write(self, values: torch.Tensor) -> None:
         if self._launch(values):
             return
         with torch.no_grad():
@@ -105,6 +106,7 @@ class MaskedSpace(MasterSpace):
         kernels.scatter(
             values, self._addresses, dtype, key, scale=scale32, distribution=self.distribution, update=update
         )
+        increment_version([weight for weight, _ in self.places])  # the kernel writes past torch
         return True
 
 

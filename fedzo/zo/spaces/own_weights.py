@@ -22,6 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fedzo.system import on_device
+from fedzo.zo.directions_cuda import DTYPES
 from fedzo.zo.perturb import reads_metadata_only
 
 Integers = npt.NDArray[np.intp]
@@ -48,13 +49,11 @@ class OwnWeights(TorchFunctionMode):
 
     @staticmethod
     def supports(places: Places, model: nn.Module) -> bool:
-        """Whether all trained values lie in float32 weights of linear layers, on one CPU or CUDA device."""
+        """Whether all trained values lie in weights of linear layers: on a CPU in float32, or on one CUDA device."""
         linear = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
-        return (
-            all(id(weight) in linear and weight.dtype == torch.float32 for weight, _ in places)
-            and len({weight.device for weight, _ in places}) == 1
-            and places[0][0].device.type in ("cpu", "cuda")
-        )
+        devices = {weight.device for weight, _ in places}
+        known = {"cpu": (torch.float32,), "cuda": tuple(DTYPES)}.get(places[0][0].device.type, ())
+        return len(devices) == 1 and all(id(weight) in linear and weight.dtype in known for weight, _ in places)
 
     def follow(self, offsets: Iterable[torch.Tensor], index: Integers) -> None:
         """Row i of the forwards from now on has the weights theta + ``offsets[index[i]]``.
@@ -146,7 +145,8 @@ _PRODUCTS = 1 << 26
 class _DeviceProducts:
     """On a GPU: products of all values, and their sum for each output, which one thread adds in the places' order.
 
-    So a sum has the same bits whatever else the GPU does; atomic additions would come in an order of their own.
+    So a sum has the same bits whatever else the GPU does; atomic additions would come in an order of their own. Of
+    16-bit numbers, too, products and sums are float32, and what they are added to is rounded once more.
     """
 
     def __init__(self, places: Places) -> None:
@@ -175,7 +175,7 @@ class _DeviceProducts:
         at_once = max(1, _PRODUCTS // columns.numel())
         own, whose = self._offsets[:, start : start + columns.numel()], self._index.repeat_interleave(tokens)
         for x_part, y_part, of in zip(*(torch.split(each, at_once) for each in (x, y, whose)), strict=True):
-            products = x_part.index_select(1, columns)
+            products = x_part.index_select(1, columns).float()
             products *= own.index_select(0, of)
             flat = products.T.contiguous()  # [k, tokens]
             sums = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, unsafe=True)  # unsafe: no look at lengths

@@ -21,7 +21,7 @@ from fedzo.models.attention import has_groups, repeat_keys
 from fedzo.models.compiled import CompiledDecoder, compile_decoder
 from fedzo.models.forwards import Planning
 from fedzo.models.head import hidden_at
-from fedzo.models.memory import estimate_step_memory_bytes, weights_bytes
+from fedzo.models.memory import step_memory
 from fedzo.models.scoring import example_losses
 from fedzo.testing.tiny_models import tiny_loaded, tiny_model, tiny_model_from
 
@@ -172,8 +172,8 @@ def test_a_long_forward_of_shared_keys_keeps_to_the_estimate(note: None) -> None
     before = torch.cuda.memory_allocated()
     forward(2048)
 
-    step = estimate_step_memory_bytes(model, batch_tokens=2 * 2048, trained_bytes=0)
-    assert torch.cuda.max_memory_allocated() - before <= step - weights_bytes(model)
+    step = step_memory(model, batch_tokens=2 * 2048, trained_bytes=0)
+    assert torch.cuda.max_memory_allocated() - before <= sum(step) - step.weights
 
 
 @pytest.mark.gpu

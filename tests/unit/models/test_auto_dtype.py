@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -23,7 +23,8 @@ from fedzo.models.config import DType
 from fedzo.sketch import tables_of
 from fedzo.testing.tiny_models import tiny_model, tiny_sketch
 from fedzo.zo.config import Distribution
-from fedzo.zo.estimator import TwoPoint
+from fedzo.zo.estimator import LossFn, Projection, TwoPoint
+from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
@@ -226,3 +227,34 @@ def test_a_trial_warms_up_and_drops_what_is_not_finite() -> None:
     assert result.g[0] == 1
     assert math.isnan(result.g[1])
     assert result.seconds > 0
+
+
+class OfPairs:
+    """Compares directions with each other, so that one alone says nothing."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def forwards_per_step(self, num_probes: int) -> int:
+        return 2 * num_probes
+
+    def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
+        self.asked.append(len(keys))
+        if len(keys) % 2:
+            raise ValueError(f"{len(keys)} directions are no pairs")
+        return TwoPoint(0.5).estimate(space, loss_fn, keys)
+
+
+def test_a_warm_up_has_as_many_probes_as_a_step() -> None:
+    estimator = OfPairs()
+
+    result = try_out(FullSpace(nn.Linear(2, 1)), estimator, lambda: 1.0, range(4), 3, 2)
+
+    assert estimator.asked == [2, 2, 2, 4]
+    assert result.g.tolist() == [0.0] * 4
+
+
+def test_the_message_tells_along_how_many_directions_scalars_were_compared() -> None:
+    choice = choose_dtype(Trial(np.arange(6.0), 1.0), {"bfloat16": Trial(np.arange(6.0), 0.5)})
+
+    assert "bfloat16 is chosen. Scalars along 6 directions" in str(choice)

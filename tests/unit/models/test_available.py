@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fedzo import system
 from fedzo.errors import ConfigError
 from fedzo.models import available
 from fedzo.models.available import (
@@ -206,8 +207,8 @@ def cgroup(folder: Path, **files: object) -> None:
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A process in the group ``site/run`` of a machine with 64 GiB, of which 60 are available, and 2 of swap."""
-    monkeypatch.setattr(available, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(available, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(system, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(system, "OWN_CGROUP", tmp_path / "own")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=60 * GIB))
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=2 * GIB))
     (tmp_path / "own").write_text("4:memory:/other\n0::/site/run\n")

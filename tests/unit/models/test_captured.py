@@ -32,6 +32,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import StepStates
 from fedzo.models.products import RoundedProducts, use_products
 from fedzo.models.scoring import candidate_scores, example_losses
+from fedzo.system import warn_once
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_tokens
 from fedzo.trainers import TRAINERS, TrainerContext
 from fedzo.zo.config import Distribution
@@ -48,6 +49,7 @@ Switch = Callable[[], list[str]]
 @pytest.fixture(autouse=True)
 def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    warn_once.cache_clear()
 
 
 SHORT = [Example(tiny_tokens(i, length), ((7,), (250,)), i % 2) for i, length in enumerate((12, 5, 9))]
@@ -188,13 +190,29 @@ def test_weights_that_lie_elsewhere_and_other_products_have_graphs_of_their_own(
 
 
 def test_the_graphs_used_last_are_kept(new_tape: NewGraph, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "_MAX_GRAPHS", 2)
+    monkeypatch.setattr(captured, "MAX_GRAPHS", 2)
     ours, _ = capture(tiny_loaded(), None, longest=64, new_graph=new_tape)
 
     for length in (4, 4, 8, 8, 4, 16, 16):
         losses(ours, [Example(tiny_tokens(1, length), ((7,), (250,)), 0)])
 
     assert [key[1][0][0][1] for key in graphs_of(ours)] == [4, 16]
+
+
+@pytest.mark.parametrize(
+    ("spare", "kept"), [(0, [4, 16]), (-1, [16]), (8 * (4 * 32 + 8), [8, 4, 16]), (-(10**6), [16])]
+)
+def test_graphs_take_no_more_than_their_bytes_but_for_the_one_that_runs(
+    spare: int, kept: list[int], new_tape: NewGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each token its id and 32 numbers of its states."""
+    monkeypatch.setattr(captured, "GRAPH_BYTES", (4 + 16) * (4 * 32 + 8) + spare)
+    ours, _ = capture(tiny_loaded(), None, longest=64, new_graph=new_tape)
+
+    for length in (4, 4, 8, 8, 4, 16, 16):
+        losses(ours, [Example(tiny_tokens(1, length), ((7,), (250,)), 0)])
+
+    assert [key[1][0][0][1] for key in graphs_of(ours)] == kept
 
 
 CAPTURED = {"gemma2", "gpt2", "llama", "mixtral", "opt", "qwen3"}
@@ -255,7 +273,7 @@ class Rounded:
 @pytest.mark.parametrize("then", ["its graph goes", "weights lie elsewhere"])
 def test_both_sides_of_a_probe_are_computed_alike(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two probes are eager, those after them are replays; so again where a graph is recorded anew."""
-    monkeypatch.setattr(captured, "_MAX_GRAPHS", 1)
+    monkeypatch.setattr(captured, "MAX_GRAPHS", 1)
     module, given = nn.Linear(4, 4), torch.arange(8.0).view(2, 4)
     captures = Captures(module, Rounded)
 
@@ -272,6 +290,49 @@ def test_both_sides_of_a_probe_are_computed_alike(then: str, monkeypatch: pytest
 
     assert first == second == [True] * 4 + [False] * 4
     assert not captures.gave_up
+
+
+def test_a_forward_that_lacks_memory_beside_graphs_has_theirs(caplog: pytest.LogCaptureFixture) -> None:
+    module, given = nn.Linear(4, 4), torch.arange(8.0).view(2, 4)
+    captures = Captures(module, Rounded)
+
+    def work(rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) == 1 and captures._graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+        return module(rows)
+
+    def lacking(rows: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            captures.run("whole", work, given)
+        assert len(captures._graphs) == 1
+        found = captures.run("whole", work, given[:1])
+        assert torch.equal(found, module(given[:1]))
+        with pytest.raises(torch.OutOfMemoryError):  # there is nothing more to be had
+            captures.run("other", lacking, given)
+
+    assert captures.gave_up
+    assert not captures._graphs
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].endswith("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_what_fails_beside_graphs_for_another_reason_fails() -> None:
+    module, given = nn.Linear(4, 4), torch.arange(8.0).view(2, 4)
+    captures = Captures(module, Rounded)
+
+    def broken_work(rows: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with torch.inference_mode():
+        for _ in range(2):
+            captures.run("whole", module, given)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            captures.run("other", broken_work, given)
+
+    assert len(captures._graphs) == 1
 
 
 def broken(loaded: LoadedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> LoadedModel:

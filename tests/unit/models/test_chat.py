@@ -165,6 +165,33 @@ def test_a_prompt_beyond_the_context_is_refused_alone(chatty: str) -> None:
     assert isinstance(answers[1], Completion)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["python", "gpu", "cpu", "cublas"],
+)
+def test_memory_that_does_not_hold_the_prompts_is_told_with_the_setting_that_helps(
+    error: Exception, chatty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = REWRITERS.build(TransformersConfig(model=chatty))
+    errors = [error, RuntimeError("mat1 and mat2 shapes cannot be multiplied")]
+
+    def fails(*given: Any, **settings: Any) -> Any:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("fedzo.models.chat.generate_tokens", fails)
+
+    with pytest.raises(EndpointError, match=r"does not hold 1 prompts at once\. Lower rewriter\.batch_size; "):
+        backend.complete([_request(chatty, "a")])
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):  # of which that is no remedy
+        backend.complete([_request(chatty, "a")])
+
+
 def test_models_are_told_apart_by_what_is_in_them(saved: Callable[..., str], chatty: str) -> None:
     other = saved(template=TEMPLATE + " ")
     backend = REWRITERS.build(TransformersConfig(model=chatty))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
@@ -29,6 +32,7 @@ from fedzo.models.load import check_length, load_model, resolve_device, wrap_mod
 from fedzo.models.saved import save_model
 from fedzo.models.scoring import mean_loss
 from fedzo.models.source import read_model
+from fedzo.system import cache_root
 from fedzo.testing.tiny_models import (
     FAMILIES,
     byte_tokenizer,
@@ -689,6 +693,20 @@ def test_a_cache_under_a_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
         source.embedded_folder()
 
 
+def test_a_user_without_a_home_is_told_how_to_name_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def getpwuid(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("FEDZO_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", getpwuid)
+
+    with pytest.raises(ConfigError, match=r"this user has no home\. Set FEDZO_CACHE to one"):
+        cache_root()
+    monkeypatch.setenv("FEDZO_CACHE", "/srv/cache")
+    assert cache_root() == Path("/srv/cache")
+
+
 @pytest.mark.slow
 def test_the_embedded_model_knows_the_capital_of_france() -> None:
     loaded = load_model(ModelConfig(), device="cpu")
@@ -703,19 +721,61 @@ def test_the_embedded_model_knows_the_capital_of_france() -> None:
     assert [len(loaded.tokenizer.encode(word)) for word in (" great", " terrible")] == [1, 1]
 
 
-@pytest.mark.slow
+def write_gguf(file: Path) -> torch.Tensor:
+    """A random Llama of one layer and a tokenizer of bytes; returns its embedding, which is stored in blocks of Q8_0.
+
+    Such a block is a float16 scale and 32 codes of 8 bits. With a power of two as the scale, bfloat16 holds the
+    products.
+    """
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, *[1] * (len(tokens) - 1)])  # one is for control, the others are text
+    writer.add_token_merges(["h e"])
+    for add_id in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id):
+        add_id(0)
+    numbers = np.random.default_rng(0)
+    codes = numbers.integers(-127, 128, (len(tokens), 32), dtype=np.int8)
+    scales = np.full((len(tokens), 1), 2**-10, np.float16)
+    blocks = np.concatenate([scales.view(np.uint8), codes.view(np.uint8)], axis=1)
+    writer.add_tensor("token_embd.weight", blocks, raw_dtype=GGMLQuantizationType.Q8_0)
+    shapes = {"attn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_norm": (32,), "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    for name, shape in {"output_norm": (32,), **{f"blk.0.{each}": shape for each, shape in shapes.items()}}.items():
+        writer.add_tensor(f"{name}.weight", numbers.normal(0, 0.1, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return torch.from_numpy(codes).to(torch.bfloat16) * 2**-10
+
+
 def test_a_gguf_file_in_a_folder_loads_as_dense_weights_that_can_be_saved(tmp_path: Path) -> None:
-    package = source.package_dir(source.EMBEDDED_PACKAGE)
+    file = tmp_path / "tiny.gguf"
+    embedding = write_gguf(file)
 
-    loaded = load_model(
-        ModelConfig(name=str(package), gguf_file=source.EMBEDDED_FILE, dtype=DType.bfloat16), device="cpu"
-    )
+    loaded = load_model(ModelConfig(name=str(tmp_path), gguf_file=file.name, dtype=DType.bfloat16), device="cpu")
 
-    converted = load_file(source.embedded_folder() / "model.safetensors")
-    assert torch.equal(loaded.model.get_input_embeddings().weight, converted["model.embed_tokens.weight"])
-    assert loaded.base_digest == source.EMBEDDED_SHA256
-    loaded.model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").exists()
+    assert torch.equal(loaded.model.get_input_embeddings().weight, embedding)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert loaded.base_digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert loaded.tokenizer.encode("hello") == [loaded.tokenizer.get_vocab()[token] for token in ("he", "l", "l", "o")]
+    loaded.model.save_pretrained(tmp_path / "saved")
+    loaded.tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_model(ModelConfig(name=str(tmp_path / "saved"), dtype=DType.bfloat16), device="cpu")
+    before, after = (dict(each.model.named_parameters()) for each in (loaded, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 def test_texts_that_change_the_positions_of_those_beside_them_are_told_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,6 +37,7 @@ from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.estimator import ESTIMATORS, Estimator, OneSidedConfig, TwoPointConfig
 from fedzo.zo.spaces.base import Space
+from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
 
@@ -476,7 +477,10 @@ def test_a_row_runs_the_lower_blocks_once_in_all_rounds_if_it_fits() -> None:
     assert runs == [3, 1, 1, 1]
 
 
-@pytest.mark.parametrize("what", ["embedding", "lower weight", "adapter", "upper weight"])
+@pytest.mark.parametrize(
+    "what",
+    ["embedding", "lower weight", "adapter", "another full space", "reloaded weights", "dtype", "upper weight"],
+)
 def test_kept_rows_are_dropped_when_anything_below_changes_and_only_then(what: str) -> None:
     loaded = tiny_loaded("llama")
     space = masked(loaded)
@@ -494,17 +498,66 @@ def test_kept_rows_are_dropped_when_anything_below_changes_and_only_then(what: s
         elif what == "lower weight":
             model.model.layers[0].mlp.down_proj.weight.add_(1)
         elif what == "adapter":
-            from peft import LoraConfig, inject_adapter_in_model
-
-            inject_adapter_in_model(
-                LoraConfig(target_modules=["layers.0.mlp.down_proj"], init_lora_weights=False), model
-            )
+            add_adapter_below(model)
+        elif what == "another full space":
+            FullSpace(model).step(0.1, key=3)
+        elif what == "reloaded weights":
+            loaded.reload_weights()
+        elif what == "dtype":
+            model.to(torch.bfloat16)
         else:
             space.step(0.5, key=3)
 
     step = lower.of_step()
     assert len(lower.rows.by_text) == (kept if what == "upper weight" else 0)
-    np.testing.assert_allclose(losses(loaded, step), losses(loaded, None), rtol=2e-6)
+    near = {"atol": 0.05} if what == "dtype" else {"rtol": 2e-6}
+    np.testing.assert_allclose(losses(loaded, step), losses(loaded, None), **near)
+
+
+def add_adapter_below(model: nn.Module) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(target_modules=["layers.0.mlp.down_proj"], init_lora_weights=False), model)
+
+
+BELOW = ["embedding", "lower weight", "another full space", "adapter", "reloaded weights"]
+ABOVE = ["trained values", "another space above"]
+
+
+@settings(deadline=None, max_examples=25)
+@given(changes=st.lists(st.sampled_from(BELOW + ABOVE), min_size=1, max_size=4))
+def test_in_any_order_changes_below_drop_kept_rows_and_others_leave_them(changes: list[str]) -> None:
+    """By whatever moves the weights: torch, or a space whose kernels write past it."""
+    model: Any = tiny_loaded("llama").model
+    add_adapter_below(model)
+    adapter = DenseSpace([each for name, each in model.named_parameters() if "lora_" in name])
+    adapter.load(np.full(adapter.size, 0.1, np.float32))
+    loaded = wrap_model(model, byte_tokenizer())
+    space = masked(loaded)
+    lower = lower_layers_of(loaded, space, cache_mb=1)
+    assert lower is not None
+    assert lower.rows is not None
+    below = FullSpace(model, parameters={"up": model.model.layers[0].mlp.up_proj.weight})
+    above = FullSpace(model, parameters=parameters_from(model, 1))
+    change: dict[str, Callable[[int], object]] = {
+        "embedding": lambda key: model.get_input_embeddings().weight.mul_(0.9),
+        "lower weight": lambda key: model.model.layers[0].self_attn.q_proj.weight.mul_(0.9),
+        "another full space": lambda key: below.step(0.01, key),
+        "adapter": lambda key: adapter.step(0.01, key),
+        "reloaded weights": lambda key: loaded.reload_weights(),
+        "trained values": lambda key: space.step(0.01, key),
+        "another space above": lambda key: above.step(0.01, key),
+    }
+    losses(loaded, lower.of_step())
+    kept = len(lower.rows.by_text)
+    assert kept > 0
+
+    for key, what in enumerate(changes):
+        change[what](key)
+
+        step = lower.of_step()
+        assert len(lower.rows.by_text) == (kept if what in ABOVE else 0)
+        np.testing.assert_allclose(losses(loaded, step), losses(loaded, None), rtol=2e-6)
 
 
 # --- which models and spaces ------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from fedzo.zo.directions import direction
 from fedzo.zo.spaces.full import FullSpace
 
 MANY = 4096
+LOSSES = [Loss.candidates, Loss.lm]
+"""Those that a row has."""
 
 
 LONG_ANSWERS = [
@@ -74,7 +76,7 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return tiny_loaded(request.param)
 
 
-@pytest.mark.parametrize("loss", list(Loss))
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("examples", [LONG_ANSWERS, SHORT_ANSWERS, MIXED], ids=["long", "short", "mixed"])
 def test_mean_loss_equals_the_slow_twin(loaded: LoadedModel, loss: Loss, examples: list[Example]) -> None:
     assert loaded.direct_head
@@ -147,7 +149,7 @@ def test_lm_loss_equals_the_labels_loss_of_the_model_itself(loaded: LoadedModel)
     assert mean_loss(loaded, [example], loss=Loss.lm, tokens_per_batch=MANY) == pytest.approx(own, abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", list(Loss))
+@pytest.mark.parametrize("loss", LOSSES)
 def test_batching_and_order_do_not_change_the_loss(loaded: LoadedModel, loss: Loss) -> None:
     whole = mean_loss(loaded, MIXED, loss=loss, tokens_per_batch=MANY)
 
@@ -222,7 +224,7 @@ def test_a_model_whose_head_is_not_apart_gives_the_same_loss_through_its_own_log
     loaded = tiny_loaded("gemma2")
     slow = dataclasses.replace(loaded, direct_head=False)
 
-    for loss in Loss:
+    for loss in LOSSES:
         assert mean_loss(slow, MIXED, loss=loss, tokens_per_batch=MANY) == pytest.approx(
             mean_loss(loaded, MIXED, loss=loss, tokens_per_batch=MANY), abs=1e-5
         )
@@ -245,13 +247,13 @@ def test_families_that_scale_their_logits_equal_the_slow_twin(config: Any) -> No
     loaded = wrap_model(tiny_model_from(config), byte_tokenizer())
 
     assert loaded.direct_head
-    for loss in Loss:
+    for loss in LOSSES:
         assert mean_loss(loaded, MIXED, loss=loss, tokens_per_batch=MANY) == pytest.approx(
             slow_loss(loaded.model, MIXED, loss), abs=1e-5
         )
 
 
-@pytest.mark.parametrize("loss", list(Loss))
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_full_space_probe_gives_the_loss_of_a_perturbed_copy(loaded: LoadedModel, loss: Loss) -> None:
     twin = copy.deepcopy(loaded.model)
     parameters = list(twin.parameters())
@@ -291,19 +293,24 @@ def test_low_precision_losses_are_near_the_float32_ones(dtype: torch.dtype) -> N
     exact = tiny_loaded("llama")
     coarse = tiny_loaded("llama", dtype=dtype)
 
-    for loss in Loss:
+    for loss in LOSSES:
         assert mean_loss(coarse, MIXED, loss=loss, tokens_per_batch=MANY) == pytest.approx(
             mean_loss(exact, MIXED, loss=loss, tokens_per_batch=MANY), abs=0.05
         )
 
 
-@pytest.mark.parametrize("loss", list(Loss))
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("examples", [LONG_ANSWERS, SHORT_ANSWERS], ids=["long", "short"])
 def test_numbers_that_are_not_finite_are_returned(loss: Loss, examples: list[Example]) -> None:
     loaded = tiny_loaded()
     loaded.model.get_input_embeddings().weight.fill_(math.nan)
 
     assert math.isnan(mean_loss(loaded, examples, loss=loss, tokens_per_batch=MANY))
+
+
+def test_no_row_has_the_value_of_an_evaluator_as_its_loss() -> None:
+    with pytest.raises(ConfigError, match=r"the loss of rows must be candidates or lm, got score, .* Pass Loss\.lm\."):
+        mean_loss(tiny_loaded(), MIXED, loss=Loss.score, tokens_per_batch=MANY)
 
 
 def test_global_generators_are_untouched() -> None:

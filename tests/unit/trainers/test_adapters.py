@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -518,15 +516,6 @@ def test_an_artifact_that_is_no_seed_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="seed of 8 bytes, got 3"):
         TRAINERS.build(LoraTrainerConfig()).build(tiny_loaded(), artifact, distribution=Distribution.gaussian)
-
-
-def test_peft_is_imported_only_where_an_adapter_is_built() -> None:
-    listing = "import sys, fedzo.commands.train; from fedzo.config.plugins import list_groups; list_groups()"
-    code = f"{listing}; print('peft' in sys.modules)"
-
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert result.stdout.strip() == "False"
 
 
 def test_the_numbers_of_virtual_tokens_lie_where_the_model_is() -> None:

@@ -73,15 +73,15 @@ def test_who_finds_another_content_leaves_the_right_one_that_comes_meanwhile(
 ) -> None:
     store.folder.mkdir()
     (store.folder / DIGEST).write_bytes(b"torn")
-    original = artifacts._digest
+    original = artifacts.file_digest
 
     def slow(path: Path) -> str:
         found = original(path)
-        monkeypatch.setattr(artifacts, "_digest", original)
+        monkeypatch.setattr(artifacts, "file_digest", original)
         ArtifactStore(store.folder).put(CONTENT)  # another process
         return found
 
-    monkeypatch.setattr(artifacts, "_digest", slow)
+    monkeypatch.setattr(artifacts, "file_digest", slow)
 
     assert store.append(DIGEST, SIZE, offset=0, data=b"") == SIZE
 
@@ -92,8 +92,8 @@ def test_a_file_is_hashed_once_a_process_and_not_when_it_has_just_been_written(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
-    original = artifacts._digest
-    monkeypatch.setattr(artifacts, "_digest", lambda path: hashed.append(path) or original(path))
+    original = artifacts.file_digest
+    monkeypatch.setattr(artifacts, "file_digest", lambda path: hashed.append(path) or original(path))
     store.put(CONTENT)
     another = ArtifactStore(store.folder)
 
@@ -240,11 +240,11 @@ def test_all_that_came_stays_where_the_process_ends_while_the_whole_is_hashed(
 
     append(store, 0)
     append(store, 1)
-    original = artifacts._digest
-    monkeypatch.setattr(artifacts, "_digest", ends)
+    original = artifacts.file_digest
+    monkeypatch.setattr(artifacts, "file_digest", ends)
     with pytest.raises(SystemExit):
         append(store, 2)
-    monkeypatch.setattr(artifacts, "_digest", original)
+    monkeypatch.setattr(artifacts, "file_digest", original)
     after = ArtifactStore(store.folder)
 
     assert after.append(DIGEST, SIZE, offset=0, data=b"") == 2 * PIECE_BYTES  # the last piece is a short one

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from fedzo.zo import directions
 from fedzo.zo.config import Distribution
@@ -80,6 +81,31 @@ def test_single_coordinates_far_away_equal_the_golden_vectors_on_both_paths(vect
         law = Distribution.rademacher
         assert directions.direction(key, 1, start=int(at), distribution=law).tolist() == [sign]
         assert directions.direction_at(key, torch.tensor([int(at)]), distribution=law).tolist() == [sign]
+
+
+class DividesThroughFloat32(TorchFunctionMode):
+    """As torch before 2.8 divided integers on Apple's GPUs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in ("__mod__", "remainder", "__floordiv__", "floor_divide"):
+            return func(*args, **(kwargs or {}))
+        value, by = args
+        wide = value.to(torch.float32)
+        quotient = (wide / by).floor()
+        return (wide - quotient * by if func.__name__ in ("__mod__", "remainder") else quotient).to(value.dtype)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_no_coordinate_is_divided_on_a_device(law: Distribution) -> None:
+    start = 2**35 - 1001
+    coordinates = torch.arange(start, start + 4099)
+
+    with DividesThroughFloat32():
+        assert not torch.equal(coordinates % 8, coordinates & 7)
+        assert not torch.equal(coordinates // 8, coordinates >> 3)
+        z = directions.direction_at(5, coordinates, distribution=law)
+
+    assert np.array_equal(z.numpy(), directions.direction(5, 4099, start=start, distribution=law))
 
 
 @given(
@@ -167,6 +193,15 @@ def test_permutation_is_a_permutation_that_depends_on_key_and_purpose() -> None:
     assert sorted(first.tolist()) == list(range(1000))
     assert not np.array_equal(first, directions.permutation(2, 1000, purpose=3))
     assert not np.array_equal(first, directions.permutation(1, 1000, purpose=4))
+
+
+def test_purposes_of_fedzo_are_distinct_and_below_those_of_plugins() -> None:
+    purposes = [value for name, value in vars(directions).items() if name.startswith("PURPOSE_")]
+
+    assert len(set(purposes)) == len(purposes) == 11
+    assert max(purposes) < 256
+    drawn = [directions.gaussians(5, 100, purpose=purpose).tobytes() for purpose in (*purposes, 256, 257)]
+    assert len(set(drawn)) == 13
 
 
 def test_global_generators_are_untouched() -> None:

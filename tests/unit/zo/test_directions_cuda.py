@@ -135,7 +135,7 @@ def test_a_row_as_long_as_an_experts_matrix_is_shared_by_all_blocks(
     kernels.add_rows(rows, 5, scale=SCALE, starts=starts, out=out, distribution=Distribution.gaussian)
     kernels.add_rows(few, 5, scale=SCALE, starts=torch.arange(5), out=few, distribution=Distribution.gaussian)
 
-    at_once = kernels._processors * (1 if kernels._shares_table else 2)
+    at_once = kernels._processors * (1 if kernels.shares_table else 2)
     assert started == [at_once, min(at_once, 5)]
     assert torch.equal(bits(out), bits(add_direction_rows(rows, 5, scale=SCALE, starts=starts)))
 

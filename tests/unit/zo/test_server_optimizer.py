@@ -12,6 +12,7 @@ import torch
 
 from fedzo.errors import ConfigError
 from fedzo.registry import Registry
+from fedzo.testing import check_server_optimizer
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import ScalarRecord
@@ -27,10 +28,13 @@ from fedzo.zo.server_optimizer import (
     ServerOptimizerTraits,
     Sgd,
     build_server_optimizer,
+    end_models,
+    norm,
     round_direction,
 )
 from fedzo.zo.server_optimizer.adam import _power
-from fedzo.zo.steps import apply_record
+from fedzo.zo.spaces.base import Space, Values
+from fedzo.zo.steps import Drift, apply_record
 
 SEED, N = 11, 5
 THETA = np.array([1.0, -2.0, 0.5, 3.0, -0.25], np.float32)
@@ -213,3 +217,61 @@ def test_a_rule_that_is_not_what_its_traits_say_is_refused(monkeypatch: pytest.M
         build_server_optimizer(OddConfig(moments=True), local_steps=1)
     with pytest.raises(ConfigError, match=r"traits\.keeps_moments must be True, as .*num_moments\(1\) is 1, got F"):
         build_server_optimizer(OddConfig(vectors=False, remembers=True), local_steps=1)
+
+
+def test_a_norm_has_the_same_bits_in_every_order() -> None:
+    """As a machine may add; a sum that is rounded after each term is another in another order."""
+    rng = np.random.default_rng(5)
+    vector = (rng.standard_normal(100_000) * 10.0 ** rng.integers(-6, 6, 100_000)).astype(np.float32)
+    orders = [vector, vector[::-1], np.sort(vector), *(rng.permutation(vector) for _ in range(3))]
+
+    assert len({norm(each) for each in orders}) == 1
+    assert len({float(np.cumsum(each * each)[-1]) for each in orders}) > 1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_norm_is_the_root_of_the_exact_sum_of_squares(scale: float) -> None:
+    vector = (direction(3, 300) * np.float32(scale)).astype(np.float32)
+
+    exact = sum(Fraction(float(x)) ** 2 for x in vector)
+
+    assert norm(vector) == math.sqrt(float(exact)) > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_norm_of_what_is_not_finite_is_not_finite(bad: float) -> None:
+    assert not math.isfinite(norm(np.array([1, bad, 2], np.float32)))
+
+
+class FedProx:
+    """FedProx (arXiv 1812.06127) as the guide for authors tells it: a pull to the round's start, and the mean end."""
+
+    def num_moments(self, num_clients: int) -> int:
+        return 0
+
+    def drift(self, start: Values, moments: Values, client: int, *, lr: float) -> Drift:
+        return Drift(np.zeros_like(start), start=start, pull=0.5)
+
+    def apply(self, space: Space, moments: Values, record: ScalarRecord, *, run_seed: int) -> None:
+        total = np.zeros(space.size)
+        for _, end in end_models(self, space, moments, record, run_seed=run_seed):
+            total += end
+        space.load((total / len(record.owners)).astype(np.float32))
+
+
+def test_what_walks_clients_can_be_written_by_their_drift_and_their_ends() -> None:
+    start, c = THETA.astype(np.float64), np.array([[1.0, -2.0], [0.5, 1.5], [-1.0, 0.25]])
+    ends = []
+    for client in range(2):
+        y = start
+        for t in range(3):
+            z = direction(stream_key(SEED, round=0, step=t), N).astype(np.float64)
+            y = y - 0.25 * (c[t, client] * z + 0.5 * (y - start))
+        ends.append(y)
+    space, scalars = VectorSpace(THETA), c.reshape(3, 1, 2).astype(np.float32)
+    told = ScalarRecord(round=0, lr=0.25, owners=(0, 1), coefficients=scalars, directions=SHARED)
+
+    FedProx().apply(space, np.zeros((0, N), np.float32), told, run_seed=SEED)
+
+    assert space.theta == pytest.approx(np.mean(ends, axis=0), rel=1e-5, abs=1e-5)
+    check_server_optimizer(FedProx)

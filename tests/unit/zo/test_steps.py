@@ -43,7 +43,7 @@ class Written(MasterSpace):
 
     num_writes = 0
 
-    def _write(self, values: torch.Tensor) -> None:
+    def write(self, values: torch.Tensor) -> None:
         self.num_writes += 1
 
 

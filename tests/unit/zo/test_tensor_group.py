@@ -1,4 +1,4 @@
-"""How many kernels the spaces start on a GPU: their number must not grow with the number of tensors.
+"""How many kernels the spaces start on a GPU: one for each group of tensors, however many tensors that has.
 
 The kernels run on the CPU (``conftest``); the same space on the CPU's own path is the twin to be met bit for bit.
 """
@@ -11,11 +11,13 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fedzo.zo.config import Distribution, Rounding
+from fedzo.zo.directions import direction
 from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.spaces.full import FullSpace
@@ -117,6 +119,29 @@ def test_a_probe_makes_neighbours_together_in_any_order(
             assert launched == ["add"] * (1 + probe)
 
 
+@pytest.mark.parametrize("layers", [12, 24])
+@pytest.mark.parametrize(("a_group", "larger"), [(4, 0), (100, 0), (4, 3)])
+def test_a_probe_takes_a_launch_for_as_many_weights_as_fill_a_group(
+    layers: int, a_group: int, larger: int, as_on_a_gpu: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one for each weight that is larger than a group, which is made alone when it is read."""
+    trained = model(layers, torch.float32)
+    for _ in range(larger):
+        trained.append(nn.Linear(12, 60))
+    launched = as_on_a_gpu()
+    monkeypatch.setattr("fedzo.zo.tensor_group._SMALL", 60)
+    monkeypatch.setattr("fedzo.zo.tensor_group._GROUP_BYTES", a_group * 4 * 144)
+    space = FullSpace(trained)
+
+    launched.clear()
+    with space.probe(0.5, 8):
+        for layer in trained[1:]:
+            layer(torch.ones(12))
+
+    groups = -(-layers // a_group)
+    assert launched == ["add"] * (1 + groups + larger)  # the small ones are biases
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_expert_that_is_taken_by_its_number_is_made_as_a_weight_of_its_own(
     dtype: torch.dtype, as_on_a_gpu: Callable[[], list[str]]
@@ -192,6 +217,49 @@ def test_weights_that_were_moved_are_found_again(as_on_a_gpu: Callable[[], list[
         twins_space.step(0.1, 8)
 
         assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), twin.parameters(), strict=True))
+
+
+def uncounted(space: Space) -> list[str]:
+    """Ways to move the trained values after which torch does not count one more write to each parameter."""
+    moves = {
+        "step": lambda: space.step(0.1, 7),
+        "scale_by": lambda: space.scale_by(0.5),
+        "load": lambda: space.load(space.values() + np.float32(0.5)),
+        "rewind": space.rewind,
+    }
+    space.mark()
+    found = []
+    for name, move in moves.items():
+        before = [parameter._version for parameter in space.parameters]
+        move()
+        if not all(each._version > old for each, old in zip(space.parameters, before, strict=True)):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [full, full_stochastic, upper, masked, dense])
+def test_torch_counts_what_moves_the_trained_values(make: Callable[[nn.Module], Space], dtype: torch.dtype) -> None:
+    """The count tells whoever keeps what the weights gave (``fedzo.models.kept_rows``) that they are others."""
+    assert uncounted(make(model(2, dtype))) == []
+
+
+@pytest.mark.parametrize("make", [full, full_stochastic, upper, masked, dense])
+def test_torch_counts_what_kernels_of_a_gpu_move(
+    make: Callable[[nn.Module], Space], as_on_a_gpu: Callable[[], list[str]]
+) -> None:
+    as_on_a_gpu()
+
+    assert uncounted(make(model(2, torch.float32))) == []
+
+
+def test_tensors_of_inference_mode_which_have_no_count_are_moved() -> None:
+    with torch.inference_mode():
+        tensor = torch.zeros(5)
+
+    TensorGroup([tensor], [0]).add(7, scale=0.5, distribution=LAW)
+
+    assert torch.equal(tensor, 0.5 * torch.from_numpy(direction(7, 5)))
 
 
 @pytest.mark.gpu

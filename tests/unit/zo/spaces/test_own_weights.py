@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,12 +130,68 @@ def test_a_gpu_is_not_given_all_offsets_before_it_takes_one(monkeypatch: pytest.
 
 
 def test_what_is_supported() -> None:
-    """Float32 matrices of linear layers; GPT-2 multiplies otherwise, and a full space has no places."""
+    """On a CPU float32 matrices of linear layers; GPT-2 multiplies otherwise, and a full space has no places."""
     assert {family for family in FAMILIES if masked(m := tiny_model(family)).row_weights(m)} == SUPPORTED
     gpt2, half = tiny_model("gpt2"), tiny_model("llama").bfloat16()
     assert masked(gpt2).row_weights(gpt2) is None
     assert masked(half).row_weights(half) is None
     assert FullSpace(model := tiny_model("llama")).row_weights(model) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cuda", "cpu", "mps"])
+def test_on_a_gpu_16_bits_are_supported_too(device: str, dtype: torch.dtype) -> None:
+    layer: Any = nn.Linear(2, 2)
+    del layer.weight
+    layer.weight = SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+    found = OwnWeights.supports([(layer.weight, torch.arange(4))], layer)
+
+    assert found is (device == "cuda" or (device == "cpu" and dtype == torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_products_are_summed_in_float32_and_rounded_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_weights, "_HostProducts", own_weights._DeviceProducts)
+    torch.manual_seed(1)
+    layer = nn.Linear(7, 5, bias=False).to(dtype)
+    flat = torch.tensor([1, 3, 4, 6, 14, 17, 33])
+    space = MaskedSpace(layer, {"weight": flat})
+    offsets, index, x = offsets_of(space, 3), np.array([2, 0, 2, 1]), torch.randn(4, 6, 7).to(dtype)
+
+    with torch.inference_mode(), OwnWeights(space.places) as own:
+        own.follow(offsets, index)
+        found = layer(x)
+
+    shared = F.linear(x, layer.weight.detach())
+    sums = torch.zeros(4, 6, 5)
+    for row, owner in enumerate(index):
+        for place, at in enumerate(flat.tolist()):
+            sums[row, :, at // 7] += x[row, :, at % 7].float() * offsets[owner, place]
+    assert found.dtype == dtype
+    assert torch.equal(found, (shared.float() + sums).to(dtype))
+
+
+def test_rows_of_a_16_bit_model_come_near_to_models_with_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearer than an eighth of what their weights change."""
+    monkeypatch.setattr(own_weights, "_HostProducts", own_weights._DeviceProducts)
+    narrow = tiny_model("llama").bfloat16()
+    exact = tiny_model("llama")
+    exact.load_state_dict({name: each.float() for name, each in narrow.state_dict().items()})
+    space, twin = masked(narrow), masked(exact)
+    offsets = offsets_of(space, 2)
+
+    with OwnWeights(space.places) as own:
+        own.follow(offsets, np.array([0, 1, 0]))
+        together = logits(narrow, IDS).float()
+
+    unmoved, start = logits(exact, IDS), twin.values()
+    for row, owner in enumerate((0, 1, 0)):
+        twin.load(start + offsets[owner].numpy())
+        alone = logits(exact, IDS[row : row + 1])[0]
+        assert (together[row] - alone).abs().max() < (alone - unmoved[row]).abs().max() / 8
 
 
 def test_sums_are_added_in_the_order_of_the_places(products: str) -> None:
