@@ -11,6 +11,7 @@ from fedzo.testing.conformance.partition import check_partition
 from fedzo.testing.conformance.server_optimizer import check_server_optimizer
 from fedzo.testing.conformance.space import check_space
 from fedzo.testing.conformance.stage import check_stage
+from fedzo.testing.conformance.step_policy import check_step_policy
 from fedzo.testing.conformance.trainer import check_trainer
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "check_server_optimizer",
     "check_partition",
     "check_stage",
+    "check_step_policy",
     "check_evaluator",
 ]

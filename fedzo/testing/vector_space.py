@@ -24,6 +24,7 @@ class VectorSpace:
         self.distribution = distribution
         self.theta = np.asarray(theta, np.float32).copy()
         self._marked: Values | None = None
+        self._probed = False
 
     @property
     def size(self) -> int:
@@ -35,12 +36,14 @@ class VectorSpace:
 
     @contextmanager
     def probe(self, scale: float, key: int) -> Iterator[None]:
-        kept = self.theta.copy()
-        self.theta = kept + np.float32(scale) * self._direction(key)
+        if self._probed:
+            raise RuntimeError("a probe must be left before the next is entered: they do not add up")
+        kept, self._probed = self.theta.copy(), True
         try:
+            self.theta = kept + np.float32(scale) * self._direction(key)
             yield
         finally:
-            self.theta = kept
+            self.theta, self._probed = kept, False
 
     def step(self, s: float, key: int) -> None:
         self.theta = self.theta - np.float32(s) * self._direction(key)

@@ -20,6 +20,8 @@ from fedzo.zo.spaces.base import Space
 Numbers = npt.NDArray[np.float64]
 Place = tuple[float, int] | None
 """Where a loss is asked for: within probe(scale, key), or at theta."""
+OnLinear = Callable[[Numbers], Numbers] | None
+"""The g of a step on a linear loss, from the slopes of its probes."""
 
 _GRADIENT = np.array([0.5, -2.0, 4.0, 1.0, -0.25])
 _N = _GRADIENT.size
@@ -32,7 +34,7 @@ _TRIALS = 1000
 def check_estimator(
     make: Callable[[float], Estimator],
     *,
-    on_linear: Callable[[Numbers], Numbers] = lambda slopes: slopes,
+    on_linear: OnLinear = lambda slopes: slopes,
     share: float | None = 1.0,
     order: int | None = None,
     num_probes: int = 4,
@@ -43,22 +45,23 @@ def check_estimator(
     - Over 1,000 steps on a quadratic loss the mean of g z is ``share`` times the gradient, within five standard errors.
     - The error of g falls with eps as ``order`` says.
     - The loss is asked for exactly ``forwards_per_step`` times, when and where does not depend on any loss, and
-      nothing of the space is used but ``probe``.
+      nothing of the space is used but ``probe``, ``size`` and ``distribution``. No probe is entered within another.
     - A loss that is not finite drops its probe alone; the others' g is as if there had not been the dropped one.
     - The same losses give the same answer every time; no bit of theta moves, also where the loss raises.
 
     Args:
         make: Makes the estimator for an eps, for example ``lambda eps: ESTIMATORS.build(TwoPointConfig(eps=eps))``.
         on_linear: The g of a step on a linear loss, float64 [P], from the slopes <gradient, z> of its probes, float64
-            [P]. By default the slopes themselves.
+            [P]. By default the slopes themselves; None where g follows from more than them, such as the directions.
         share: Share of the gradient that the mean of g z is; None where the estimator does not promise any.
-        order: k where the error of g is O(eps^k); None where that is not to be checked.
+        order: k where the error of g is O(eps^k); None where that is not to be checked, as without ``on_linear``.
         num_probes: P, at least 3; more where a step needs more.
 
     Raises:
         AssertionError: The first rule that does not hold, with what was seen.
     """
     must(num_probes >= 3, f"num_probes must be >= 3 to see that one dropped probe leaves the others, got {num_probes}")
+    must(order is None or on_linear is not None, "order must be None without on_linear, which tells the exact g")
     for law in Distribution:
         with global_generators(1):
             _check_linear(make(_EPS), on_linear, law, num_probes)
@@ -66,29 +69,30 @@ def check_estimator(
             _check_bad_losses(make(_EPS), on_linear, law, num_probes)
             if share is not None:
                 _check_mean(make(_EPS), share, law, num_probes)
-        if order is not None:
+        if order is not None and on_linear is not None:
             _check_order(make, on_linear, order, law, num_probes)
 
 
 class _Probed:
-    """Theta in float64, which a probe moves; an estimator sees nothing else of a space."""
+    """Theta in float64, which a probe moves: what an estimator may use of a space, and no more."""
 
     def __init__(self, law: Distribution) -> None:
-        self._law = law
+        self.size, self.distribution = _N, law
         self.theta = _THETA
         self.place: Place = None
 
     @contextmanager
     def probe(self, scale: float, key: int) -> Iterator[None]:
-        kept = self.theta, self.place
-        self.theta, self.place = self.theta + scale * _direction(key, self._law), (scale, key)
+        must(self.place is None, "a probe must be left before the next is entered: they do not add up")
+        self.theta, self.place = _THETA + scale * _direction(key, self.distribution), (scale, key)
         try:
             yield
         finally:
-            self.theta, self.place = kept
+            self.theta, self.place = _THETA, None
 
     def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"an estimator must use nothing of the space but probe, it asked for {name!r}")
+        parts = "probe, size and distribution"
+        raise AssertionError(f"an estimator must use nothing of the space but {parts}, it asked for {name!r}")
 
 
 @cache
@@ -133,12 +137,10 @@ def _estimate(
     return answer, places
 
 
-def _check_linear(
-    estimator: Estimator, on_linear: Callable[[Numbers], Numbers], law: Distribution, num_probes: int
-) -> None:
+def _check_linear(estimator: Estimator, on_linear: OnLinear, law: Distribution, num_probes: int) -> None:
     keys = range(7, 7 + num_probes)
     answer, _ = _estimate(estimator, law, _linear, keys)
-    _must_be_g(answer, on_linear(_slopes(keys, law)), f"on a linear loss ({law} directions)")
+    _must_be_g(answer, on_linear, _slopes(keys, law), f"on a linear loss ({law} directions)")
     _estimate(estimator, law, _linear, keys[:1])
     again, _ = _estimate(estimator, law, _linear, keys)
     must(again == answer, f"the same losses must give the same answer, got {answer}, then {again}")
@@ -157,9 +159,7 @@ def _check_linear(
         raise AssertionError("an exception of the loss must reach the caller; estimate kept it")
 
 
-def _check_bad_losses(
-    estimator: Estimator, on_linear: Callable[[Numbers], Numbers], law: Distribution, num_probes: int
-) -> None:
+def _check_bad_losses(estimator: Estimator, on_linear: OnLinear, law: Distribution, num_probes: int) -> None:
     keys = range(20, 20 + num_probes)
     _, places = _estimate(estimator, law, _linear, keys)
     for call, place in enumerate(places):
@@ -178,7 +178,7 @@ def _check_bad_losses(
                 f"a loss of {value} in the probe of key {place[1]} must drop that probe alone, dropped: {dropped}",
             )
             rest = [p for p in answer if not p.dropped]
-            _must_be_g(rest, on_linear(_slopes(left, law)), f"where one loss was {value}, of the other probes")
+            _must_be_g(rest, on_linear, _slopes(left, law), f"where one loss was {value}, of the other probes")
     answer, _ = _estimate(estimator, law, lambda theta: math.nan, keys)
     must(all(p.dropped for p in answer), f"where every loss is nan every probe must be dropped, got {answer}")
 
@@ -231,9 +231,11 @@ def _check_order(
     )
 
 
-def _must_be_g(answer: Sequence[Projection], wanted: Numbers, where: str) -> None:
+def _must_be_g(answer: Sequence[Projection], on_linear: OnLinear, slopes: Numbers, where: str) -> None:
     must(isinstance(answer, list), f"estimate must give a list, got a {type(answer).__name__}")
-    found = np.array([float(p.g) for p in answer])
+    if on_linear is None:
+        return
+    found, wanted = np.array([float(p.g) for p in answer]), on_linear(slopes)
     must(
         bool(np.allclose(found, wanted, rtol=1e-5, atol=1e-5 * float(np.abs(wanted).max()))),
         f"{where}, g must be {wanted.tolist()}, got {found.tolist()}",

@@ -112,6 +112,20 @@ class ClosesByHand(Faulty):
             return projections((losses[0] - losses[1]) / (2 * self.eps), losses.mean(axis=0))
 
 
+class Walks(Faulty):
+    """MeZO's walk, from one side to the other, which no space has: a probe within a probe is one from theta."""
+
+    def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
+        losses = np.empty((2, len(keys)))
+        for p, key in enumerate(keys):
+            with space.probe(self.eps, key):
+                losses[0, p] = loss_fn()
+                with space.probe(-2 * self.eps, key):
+                    losses[1, p] = loss_fn()
+        with np.errstate(all="ignore"):
+            return projections((losses[0] - losses[1]) / (2 * self.eps), losses.mean(axis=0))
+
+
 class DrawsFromNumpy(Faulty):
     def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
         np.random.random()
@@ -139,9 +153,10 @@ def test_without_a_fault_it_passes() -> None:
         (PassesNanOn, r"g must be a finite np\.float32"),
         (WideScalars, r"g must be a finite np\.float32, got <class 'float'>"),
         (Remembers, r"the same losses must give the same answer"),
-        (Steps, r"must use nothing of the space but probe, it asked for 'step'"),
+        (Steps, r"must use nothing of the space but probe, size and distribution, it asked for 'step'"),
         (LeavesAProbeOpen, r"when estimate returns every probe must be closed"),
         (ClosesByHand, r"where the loss raises, every probe must be closed"),
+        (Walks, r"a probe must be left before the next is entered: they do not add up"),
         (DrawsFromNumpy, r"global generators must be left alone, but numpy's was used"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -166,3 +181,5 @@ def test_estimators_that_promise_too_much() -> None:
         check_estimator(lambda eps: OneSided(eps, Baseline.center), order=2)
     with pytest.raises(AssertionError, match=r"its standard errors must be below a tenth of the gradient's norm"):
         check_estimator(mean, on_linear=less_the_mean, share=1e-3)
+    with pytest.raises(AssertionError, match="order must be None without on_linear"):
+        check_estimator(mean, on_linear=None, share=3 / 4, order=1)

@@ -41,7 +41,7 @@ class ForgetsOnError(Every):
     def probe(self, scale: float, key: int) -> Iterator[None]:
         self._write_moved(scale, key)
         yield
-        self._write(self._master)
+        self.write(self._master)
 
 
 class KeepsErrors(Every):
@@ -101,7 +101,7 @@ class ReturnsItsMaster(Every):
 class LoadsWithoutACopy(Every):
     def load(self, values: Values) -> None:
         self._master = torch.from_numpy(values)
-        self._write(self._master)
+        self.write(self._master)
 
 
 class LoadsTheMasterOnly(Every):

@@ -111,7 +111,7 @@ class Weights(nn.Module):
 class Written(MasterSpace):
     """The bare master, whose values enter a tensor."""
 
-    def _write(self, values: torch.Tensor) -> None:
+    def write(self, values: torch.Tensor) -> None:
         self.theta = values.clone()
 
 
