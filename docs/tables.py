@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import number, wanted
+from fedzo.bench.claims import NOT_MEASURED, number, wanted
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import decode
 from fedzo.records.metrics import Summary
@@ -62,7 +62,8 @@ def claims(rows: Any) -> Lines:
     lines = [f"*{begins.rstrip(':, ')}*", ""] if begins else []
     lines += ["| claim | value | target |", "|---|---|---|"]
     for row in rows:
-        target = goal(row) and f"{goal(row)}: {'holds' if row['holds'] else '**missed**'}"
+        verdict = {True: ": holds", False: ": **missed**", None: ""}[row["holds"]]
+        target = goal(row) and f"{goal(row)}{verdict}"
         claim = row["claim"].removeprefix(begins).replace("|", r"\|")
         lines.append(f"| {claim} | {amount(row['value'], row['unit'])} | {target} |")
     return lines
@@ -76,19 +77,33 @@ def caption(names: list[str]) -> str:
     return alike[:whole] if whole > LONG else ""
 
 
-def amount(value: float, unit: str) -> str:
-    """A number with its unit as people write it."""
+def amount(value: float | None, unit: str) -> str:
+    """A number with its unit as people write it, and what the unit tells in brackets behind both."""
+    if value is None:
+        return NOT_MEASURED
+    unit, ends = split_range(unit)
     if unit == "share":
-        return f"{number(100 * value)} %"
+        return f"{number(100 * value)} %{ends}"
     if unit == "bytes":
-        return f"{value:,.0f} bytes"
-    return number(value) if unit in ("", "area", "ratio") else f"{number(value)} {unit}"
+        return f"{value:,.0f} bytes{ends}"
+    return f"{number(value)}{ends}" if unit in ("", "area", "ratio") else f"{number(value)} {unit}{ends}"
+
+
+def split_range(unit: str) -> tuple[str, str]:
+    """A unit, and what it tells in brackets (``with_range``) with a space before it, or nothing."""
+    unit, bracket, ends = unit.partition("(")
+    return unit.rstrip(), f" ({ends}" if bracket else ""
 
 
 def goal(row: Any) -> str:
     """What a claim's target says, in the unit of its value; nothing where it has none."""
-    unit = row["unit"].partition("+-")[0].rstrip()  # the half width is the value's own
+    unit = split_range(row["unit"])[0].partition("+-")[0].rstrip()  # range and half width are the value's own
     return wanted(row, lambda target: amount(target, unit))
+
+
+def missed(row: Any) -> str:
+    """Said behind a target that is missed; not where nothing was measured."""
+    return " **missed**" if row["holds"] is False else ""
 
 
 def clients(points: Any) -> Lines:
@@ -137,7 +152,8 @@ def bench(rows: Any) -> Lines:
             row = cells.get((who, what))
             shown.append(padded(row["value"]) if row else "" if who.startswith("base") else "n/a")
             if who == "fedzo step":
-                shown.append(f"{goal(row)}{'' if row['holds'] else ', **missed**'}" if row else "")
+                shown[-1] += split_range(row["unit"])[1] if row else ""
+                shown.append(f"{goal(row)}{', **missed**' if missed(row) else ''}" if row else "")
         shown += [padded(cells[which]["value"]) if which in cells else "" for which in shown_beside]
         lines.append(f"| {case} | {' | '.join(shown)} |")
     return lines
@@ -149,11 +165,11 @@ def padded(ratio: float) -> str:
 
 
 def ranges(rows: Any) -> Lines:
-    """A step's least and most over the cases of a CPU; a case without a target is not reliable and left out."""
+    """A step's least and most over the cases; one without a target is not reliable and left out."""
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         case, _, what = row["claim"].partition(": fedzo step / bare forwards, ")
-        if what and row["target"] is not None and not case.startswith("gpu-"):
+        if what and row["target"] is not None:
             trained = "all weights" if case.endswith("-full") else "a mask or an adapter"
             values.setdefault((trained, what), []).append(row["value"])
     at: dict[str, dict[str, str]] = {}
@@ -308,8 +324,8 @@ def sketches(rows: Any) -> Lines:
             rest.append(row)
             continue
         case, _, measure = cell.rpartition(", ")
-        missed = "" if row["holds"] else f", target {goal(row)} **missed**"
-        at.setdefault(case, {})[measure] = f"{number(row['value'])}{missed}"
+        target = missed(row) and f", target {goal(row)}{missed(row)}"
+        at.setdefault(case, {})[measure] = f"{amount(row['value'], '')}{target}"
     return [*grid("weights", at), "", *claims(rest)]
 
 
@@ -347,7 +363,7 @@ def pivoted(script: str, corner: str) -> Callable[[Any], Lines]:
         at: dict[str, dict[str, str]] = {}
         for row in of_script(script, rows):
             case, _, measure = row["claim"].rpartition(": ")
-            target = goal(row) and f", target {goal(row)}{'' if row['holds'] else ' **missed**'}"
+            target = goal(row) and f", target {goal(row)}{missed(row)}"
             at.setdefault(case, {})[measure] = f"{amount(row['value'], row['unit'])}{target}"
         return grid(corner, at) if at else []
 
@@ -370,15 +386,22 @@ def by_task(script: str) -> Callable[[Any], Lines]:
 
 
 def peers(task: str, measures: tuple[str, ...]) -> Callable[[Any], Lines]:
-    """Claims "task, method: measure" of one task as a table of methods by those measures that begin so."""
+    """Claims "task, method: measure" of one task as a table of methods by those measures that begin so.
+
+    A method that has such claims of another task alone is told as not run.
+    """
 
     def render(rows: Any) -> Lines:
         at: dict[str, dict[str, str]] = {}
         for row in rows:
             case, _, measure = row["claim"].partition(": ")
-            if case.startswith(f"{task}, ") and measure.startswith(measures):
-                at.setdefault(case.removeprefix(f"{task}, "), {})[measure] = amount(row["value"], row["unit"])
-        return grid("method", at) if at else []
+            of_task, _, method = case.partition(", ")
+            if measure.startswith(measures):
+                cells = at.setdefault(method, {})
+                if of_task == task:
+                    cells[measure] = amount(row["value"], row["unit"])
+        first = next((measure for cells in at.values() for measure in cells), None)
+        return grid("method", {method: cells or {first: "not run"} for method, cells in at.items()}) if first else []
 
     return render
 

@@ -1,10 +1,10 @@
 """What a step costs beside its bare forwards: `fedzo bench step` over models and spaces; writes claims.json.
 
-    python experiments/bench/run.py             # the cases of a CPU (about 25 minutes on 2 cores)
-    python experiments/bench/run.py --gpu       # those of a GPU
+    python experiments/bench/run.py             # all cases (about 25 minutes on 2 cores)
     python experiments/bench/run.py NAME ...    # some of them again
 
-A case whose result is there is not measured again unless it is named.
+A case whose result is there is not measured again unless it is named. All of them are of a CPU; ``experiments/gpu`` has
+those of a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, with_range
 
 HERE = Path(__file__).parent
 
@@ -30,8 +30,7 @@ class Case(NamedTuple):
 
 
 # Where all weights are trained, the target of memory is one transformer layer more than a forward.
-LONG = "--rows 64 --tokens 64"
-CPU = {
+CASES = {
     "smollm2-masked": Case("trainer=meerkat --repeats 9", 1.05, 1.05),
     "smollm2-full": Case("trainer=mezo --repeats 21", 1.25, 1.02),
     "smollm2-lora": Case("trainer=lora --repeats 9", 1.05, 1.05),
@@ -40,28 +39,16 @@ CPU = {
     "llama-3.2-1b-masked": Case("trainer=meerkat --shape llama-3.2-1b --rows 4 --repeats 5", 1.05, 1.05),
     "llama-3.2-1b-full": Case("trainer=mezo --shape llama-3.2-1b --rows 4 --repeats 3", None, 1.05),
 }
-GPU = {
-    f"gpu-{shape}-{trainer}": Case(f"trainer={trainer} --shape {shape} model.dtype={dtype} {LONG}", target, None)
-    for shape, dtype in (("opt-1.3b", "float32"), ("opt-13b", "bfloat16"), ("llama-2-7b", "bfloat16"))
-    for trainer, target in (("meerkat", 1.08), ("mezo", 1.15), ("lora", 1.08))
-}
-GPU |= {
-    f"{name}-compiled": case._replace(arguments=f"{case.arguments} model.compile=true")
-    for name, case in GPU.items()
-    if not name.endswith("mezo")  # whose probes cannot be traced
-}
 
 
-def main(arguments: list[str]) -> None:
-    cases = GPU if "--gpu" in arguments else CPU
-    names = [name for name in arguments if not name.startswith("--")]
-    for name in names or cases:
+def main(names: list[str]) -> None:
+    for name in names or CASES:
         path = HERE / "results" / f"{name}.json"
         if names or not path.exists():
             path.parent.mkdir(exist_ok=True)
-            command = [sys.executable, "-m", "fedzo", "bench", "step", *cases[name].arguments.split()]
+            command = [sys.executable, "-m", "fedzo", "bench", "step", "device=cpu", *CASES[name].arguments.split()]
             subprocess.run([*command, "--out", os.path.relpath(path)], check=True)
-    rows = [row for name, case in {**CPU, **GPU}.items() for row in gather(name, case)]
+    rows = [row for name, case in CASES.items() for row in gather(name, case)]
     (HERE / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
@@ -75,7 +62,8 @@ def gather(name: str, case: Case) -> list[dict[str, Any]]:
     for figure in others:
         ours = figure["name"] == "fedzo step"
         head = f"{name}: {figure['name']} / bare forwards"
-        claims.add(f"{head}, time", figure["ratio"], "ratio", at_most=case.time_target if ours else None)
+        unit = with_range("ratio", figure["ratio_quartiles"])
+        claims.add(f"{head}, time", figure["ratio"], unit, at_most=case.time_target if ours else None)
         if figure["peak_bytes"] and bare["peak_bytes"]:
             share = figure["peak_bytes"] / bare["peak_bytes"]
             claims.add(f"{head}, peak memory", share, "ratio", at_most=case.memory_target if ours else None)

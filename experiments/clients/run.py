@@ -22,7 +22,8 @@ from typing import Any
 
 import psutil
 
-from fedzo.bench.claims import Claims, check_alike, measured_in, metric_lines, ran_with
+from fedzo.bench.claims import Claims, check_alike, kept_results, measured_in, metric_lines, ran_with
+from fedzo.records.folder import replace_file
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -42,13 +43,13 @@ COLOURS = {"inline_batched": "#0072B2", "inline": "#D55E00", "ray": "#009E73"}
 
 
 def main() -> None:
-    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    done = kept_results(RESULTS, [])
     for runtime, clients, steps in POINTS:
         if any((r["runtime"], r["clients"], r["local_steps"]) == (runtime, clients, steps) for r in done):
             continue
         print(f"{runtime}, {clients} clients, T = {steps} ...", flush=True)
         done.append(measure(runtime, clients, steps))
-        RESULTS.write_text(json.dumps(done, indent=1) + "\n")
+        replace_file(RESULTS, json.dumps(done, indent=1) + "\n")
         check_alike(done)
         print(json.dumps({k: v for k, v in done[-1].items() if k != "environment"}), flush=True)
     gather(done).write(HERE / "claims.json")

@@ -25,7 +25,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedzo.bench.claims import Claims, measured_in, ran_with
+from fedzo.bench.claims import Claims, kept_results, measured_in, ran_with
+from fedzo.records.folder import replace_file
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/lower_layers")
@@ -47,12 +48,12 @@ def main() -> None:
 
 
 def known() -> dict[str, Run]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return kept_results(RESULTS, {})
 
 
 def store(entry: Run) -> None:
     runs = known() | {f"seed {entry['seed']}, from block {entry['first_layer']}": entry}
-    RESULTS.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
+    replace_file(RESULTS, json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
     gather(runs)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from fedzo.bench.claims import metric_lines, ran_with
+from fedzo.bench.claims import kept_results, metric_lines, ran_with
+from fedzo.records.folder import replace_file
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -25,8 +26,7 @@ KEPT = ("value", "loss", "auc", "best_threshold_accuracy", "per_class", "num_exa
 
 def known(piece: str) -> list[Row]:
     """The rows of a piece."""
-    path = RESULTS / f"{piece}.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    return kept_results(RESULTS / f"{piece}.json", [])
 
 
 def keep(piece: str, runs: Path) -> list[Row]:
@@ -40,9 +40,7 @@ def keep(piece: str, runs: Path) -> list[Row]:
     rows = [named[name] for name in sorted(named)]
     if rows:
         RESULTS.mkdir(exist_ok=True)
-        part = RESULTS / f"{piece}.json.part"  # one rename, so that a stop leaves whole rows
-        part.write_text(json.dumps(rows, indent=1) + "\n")
-        part.replace(RESULTS / f"{piece}.json")
+        replace_file(RESULTS / f"{piece}.json", json.dumps(rows, indent=1) + "\n")
     return rows
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fedzo.bench.claims import Claims, check_alike, measured_in, metric_lines, ran_with
+from fedzo.bench.claims import Claims, check_alike, kept_results, measured_in, metric_lines, ran_with
 from fedzo.commands.mask import make_mask
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.train import start_run
@@ -29,6 +29,7 @@ from fedzo.data.encode import Example
 from fedzo.evaluate import evaluate
 from fedzo.fl.client.local_update import Batches
 from fedzo.fl.client.scalar_update import ScalarUpdate
+from fedzo.records.folder import replace_file
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "hostile.json"
@@ -61,7 +62,7 @@ RULES = {
 def main() -> None:
     """Run what is missing, then write the claims."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    done: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    done: list[dict[str, Any]] = kept_results(RESULTS, [])
     with tempfile.TemporaryDirectory() as folder:
         mask = Path(folder) / "mask.safetensors"
         make_mask(load(SETTINGS), mask)  # once for all runs
@@ -75,7 +76,7 @@ def main() -> None:
                 else:
                     found = run(Path(folder) / f"run{len(done)}", attack, rule, mask, first=not done)
                 done.append(found)
-                RESULTS.write_text(json.dumps(done, indent=1) + "\n")
+                replace_file(RESULTS, json.dumps(done, indent=1) + "\n")
                 check_alike(done)
                 print(json.dumps({key: value for key, value in found.items() if key != "environment"}), flush=True)
     gather(done).write(HERE / "claims.json")
@@ -136,10 +137,10 @@ def lies(factor: float | None) -> Iterator[Counter[int]]:
 
 def score(folder: Path, rounds: int) -> dict[str, Any]:
     """Loss and accuracy on the test rows after so many rounds; the loss of a model that has diverged is None."""
-    process = rebuild(folder, rounds=rounds).process
+    built = rebuild(folder, rounds=rounds)
+    process, tokens = built.process, built.workspace.tokens_per_batch
     config = process.peer.config
     (name, evaluator), *_ = process.peer.evaluators.items()
-    tokens = process.peer.site.model.tokens_per_batch
     found = evaluate(
         name, evaluator, process.peer.loaded, process.server.examples("test"), config.task, tokens_per_batch=tokens
     )

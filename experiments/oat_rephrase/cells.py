@@ -18,6 +18,7 @@ import torch
 from arms import TrainSet
 from safetensors.torch import load_file, save_file
 
+from fedzo.bench.claims import kept_results
 from fedzo.commands.mask import make_mask
 from fedzo.commands.train import launch
 from fedzo.config.load import load
@@ -32,6 +33,7 @@ from fedzo.models.forwards import Planning
 from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import candidate_scores, choice_losses, example_losses, mean_loss
+from fedzo.records.folder import replace_file
 from fedzo.run.process import forget_process
 from fedzo.run.start import open_run
 from fedzo.system import environment, use_threads
@@ -59,7 +61,7 @@ class Cells:
 
     def all(self) -> dict[str, Cell]:
         """Every cell by its name."""
-        return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
+        return kept_results(self.path, {})
 
     def measure(self, name: str, make: Callable[[], Cell]) -> Cell:
         """A cell that is there, or made now and kept, with the CPU seconds that it took."""
@@ -72,9 +74,7 @@ class Cells:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in (self.all() | {name: cell}).items()]
-            part = self.path.with_suffix(".part")
-            part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-            part.replace(self.path)
+            replace_file(self.path, "{\n" + ",\n".join(lines) + "\n}\n")
         finally:
             os.close(lock)
         print(f"{name}: {cell['cpu_s']} s", flush=True)

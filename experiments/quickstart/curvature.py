@@ -21,6 +21,7 @@ from fedzo.data.encode import encode
 from fedzo.data.rows import SimulatedRows
 from fedzo.models.forwards import Planning, run_texts
 from fedzo.models.kept_rows import Read
+from fedzo.models.memory import TOKENS_PER_BATCH
 from fedzo.models.plan import forward_cost
 from fedzo.run.peer import open_model
 
@@ -33,7 +34,7 @@ def main() -> None:
     loaded = open_model(launch.site(), launch.task.max_length)
     rows = SimulatedRows(launch.data, launch.split, launch.task, launch.partition, launch.fl.num_clients, launch.seed)
     examples = encode(rows.splits.train, launch.task, tokenizer=loaded.tokenizer, max_length=launch.task.max_length)
-    planning = Planning(launch.model.tokens_per_batch, forward_cost(loaded.device))
+    planning = Planning(TOKENS_PER_BATCH, forward_cost(loaded.device))
     texts = [Read(example.prompt, 1) for example in examples]
     hidden = torch.cat([states for _, states in run_texts(loaded, texts, planning)]).double().numpy()
 

@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import Claims, measured_in, metric_lines, ran_with
+from fedzo.bench.claims import Claims, kept_results, measured_in, metric_lines, ran_with
+from fedzo.records.folder import replace_file
 from fedzo.report.format import interval
 
 HERE = Path(__file__).parent
@@ -101,16 +102,14 @@ def run(task: str, *, seed: int, lr: float) -> Run:
         "environment": ran_with(records.parent, "task", "trainer.lr", "server_optimizer.lr"),
     }
     with STORE:
-        part = RESULTS.with_suffix(".part")
-        part.write_text(json.dumps(known() | {name: found}, indent=1) + "\n")
-        part.replace(RESULTS)
+        replace_file(RESULTS, json.dumps(known() | {name: found}, indent=1) + "\n")
     print(f"{name}: dev loss {best_dev_loss(found):.4f}, test {found['after']}", flush=True)
     return found
 
 
 def known() -> dict[str, Run]:
     """Every run so far, by name."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return kept_results(RESULTS, {})
 
 
 def best_dev_loss(found: Run) -> float:

@@ -4,23 +4,24 @@
     python experiments/spallm/gpu.py --only NAME  # this one again: check, replay, decode, product or step
 
 Matrices have the shape of Llama-2-7B's largest, random codes of 4 bits and bfloat16 inputs. So many are used in turn
-that their codes do not fit the card's cache. Without a GPU the script says so and claims nothing.
+that their codes do not fit the card's cache. Without a GPU nothing is measured. A piece without a result has rows that
+say so, and claim nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, kept_results
 from fedzo.bench.measure import measure_peak_bytes, medians_on_gpu
 from fedzo.bench.shapes import random_model
 from fedzo.bench.step import DENSE, OURS, Bench, bench_step
@@ -28,6 +29,7 @@ from fedzo.data.encode import Example
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.sketched.layers import replace_layers
 from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
+from fedzo.records.folder import replace_file
 from fedzo.sketch import SketchLinear, TableSpace, decode, sketched_layers
 from fedzo.sketch.gpu import DTYPES, FUSED_TOKENS, kernels_for
 from fedzo.system import environment, no_progress
@@ -49,21 +51,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=PIECES, help="measure this one again; repeatable")
     only = parser.parse_args().only
-    reason = "no CUDA device" if not torch.cuda.is_available() else None
-    if reason is None and kernels_for(torch.empty(0, dtype=torch.bfloat16, device=CUDA), 4) is None:
-        reason = "no usable kernels: see the warning"
-    if reason is not None:
-        print(f"Nothing is measured and nothing claimed: this machine has {reason}.")
-        return
-    results: dict[str, Result] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in only or [name for name in PIECES if name not in results]:
+    results, wanted = known(), only or [name for name in PIECES if name not in known()]
+    if wanted and (reason := why_not()):
+        print(f"Nothing is measured: this machine has {reason}.")
+        wanted = []
+    for name in wanted:
         print(f"{name} ...", flush=True)
         found = PIECES[name]()
         results[name] = {"card": torch.cuda.get_device_name(CUDA), "found": found, "environment": environment()}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        replace_file(RESULTS, json.dumps(results, indent=1) + "\n")
     claims = gather(results)
     claims.write(HERE / "claims.json")
     claims.show()
+
+
+def known() -> dict[str, Result]:
+    """What earlier calls have found, by piece."""
+    return kept_results(RESULTS, {})
+
+
+def why_not() -> str:
+    """What this machine lacks, as half a sentence; empty where it can measure."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    kernels = kernels_for(torch.empty(0, dtype=torch.bfloat16, device=CUDA), 4)
+    return "no usable kernels: see the warning" if kernels is None else ""
 
 
 def layer_of(rows: int, columns: int, *, bits: int = 4, groups: int = 1, seed: int = 0) -> SketchLinear:
@@ -208,51 +220,65 @@ PIECES: dict[str, Callable[[], Result]] = {
 # --- claims -----------------------------------------------------------------------------------------------------------
 
 
+CHECKED = "products of several bits, groups, widths, dtypes and numbers of tokens"
+REPLAYED = "table values that a log of 100 steps makes unlike a CPU"
+DECODED = f"decoding 4 bits to bfloat16, {ROWS} x {COLUMNS}"
+STEPPED = "Llama-2-7B's shape, 4 bits, bfloat16, 32 x 128 tokens, a step of tables"
+TILES, FIRST = "tiles decoded / cuBLAS with the dense matrix", "decoded first / cuBLAS with the dense matrix"
+Goal = tuple[str, float | None]
+"""A unit and an upper bound."""
+GOALS: dict[str, dict[str, Goal]] = {
+    "check": {
+        f"{CHECKED}, decoded weights that differ from the CPU's": ("", 0),
+        f"{CHECKED}, largest error beyond float32 sums, in units of the last place": ("", 1),
+    },
+    "replay": {REPLAYED: ("", 0)},
+    "decode": {f"{DECODED}, bandwidth / a copy's": ("ratio", None)},
+    "product": {f"a product with {ROWS} x {COLUMNS}, 4 bits, bfloat16, tokens: 1, {TILES}": ("ratio", None)},
+    "step": {f"{STEPPED} / its two forwards": ("ratio", 1.08), f"{STEPPED}, peak memory": ("GiB", 8)},
+}
+"""What each piece must find, by the names of figures: else a row says that it was not measured."""
+
+
 def gather(results: dict[str, Result]) -> Claims:
     claims = Claims(command="python experiments/spallm/gpu.py")
-    code_bytes, table_bytes = ROWS * COLUMNS // 2, ROWS * 16 * 2
-    for name, result in results.items():
-        claims.environment = result["environment"]
-        card, found = result["card"], result["found"]
-        if name == "check":
-            of = f"{card}: {found['cases']} products of bits, groups, widths, dtypes and tokens"
-            claims.add(f"{of}, decoded weights that differ from the CPU's", found["differing"], "", at_most=0)
-            claims.add(
-                f"{of}, largest error beyond float32 sums, in units of the last place", found["units"], "", at_most=1
-            )
-        elif name == "replay":
-            claims.add(
-                f"{card}: table values that a log of 100 steps makes unlike a CPU", found["differing"], "", at_most=0
-            )
-        elif name == "decode":
-            moved = (code_bytes + table_bytes + 2 * ROWS * COLUMNS) / found["decode"]
-            of = f"{card}: decoding 4 bits to bfloat16, {ROWS} x {COLUMNS}"
-            claims.add(f"{of}, bandwidth / a copy's", moved / (4 * ROWS * COLUMNS / found["copy"]), "ratio")
-            claims.add(f"{of}", found["decode"] / MATRICES / 1e3, "s")
-        elif name == "product":
-            for num_tokens, times in found["tokens"].items():
-                of = f"{card}: a product with {ROWS} x {COLUMNS}, 4 bits, bfloat16, tokens: {num_tokens}"
-                claims.add(
-                    f"{of}, tiles decoded / cuBLAS with the dense matrix", times["fused"] / times["dense"], "ratio"
-                )
-                claims.add(
-                    f"{of}, decoded first / cuBLAS with the dense matrix", times["decoded"] / times["dense"], "ratio"
-                )
-                if int(num_tokens) <= 8:
-                    share = (code_bytes + table_bytes) / times["fused"] / (2 * code_bytes / found["copy_of_codes"])
-                    claims.add(f"{of}, tiles decoded, bandwidth / a copy's", share, "ratio")
-        else:
-            figures = {figure["name"]: figure for figure in found["figures"]}
-            size = f"{found['rows']} x {found['tokens']} tokens"
-            of = f"{card}: Llama-2-7B's shape, 4 bits, bfloat16, {size}, a step of tables"
-            claims.add(f"{of} / its two forwards", figures[OURS]["ratio"], "ratio", at_most=1.08)
-            claims.add(
-                f"{of} / the dense model's two forwards",
-                figures[OURS]["median_s"] / figures[DENSE]["median_s"],
-                "ratio",
-            )
-            claims.add(f"{of}, peak memory", cast(int, figures[OURS]["peak_bytes"]) / 2**30, "GiB", at_most=8)
+    for name, goals in GOALS.items():
+        if name not in results:
+            for what, (unit, at_most) in goals.items():
+                claims.add(what, None, unit, at_most=at_most)
+            continue
+        claims.environment, card = results[name]["environment"], results[name]["card"]
+        for what, value, unit in figures(name, results[name]["found"]):
+            claims.add(f"{card}: {what}", value, unit, at_most=goals.get(what, (unit, None))[1])
     return claims
+
+
+def figures(name: str, found: Result) -> Iterator[tuple[str, float, str]]:
+    """What follows from the results of a piece: names, values and units."""
+    code_bytes, table_bytes = ROWS * COLUMNS // 2, ROWS * 16 * 2
+    if name == "check":
+        yield f"{CHECKED}, decoded weights that differ from the CPU's", found["differing"], ""
+        yield f"{CHECKED}, largest error beyond float32 sums, in units of the last place", found["units"], ""
+    elif name == "replay":
+        yield REPLAYED, found["differing"], ""
+    elif name == "decode":
+        moved = (code_bytes + table_bytes + 2 * ROWS * COLUMNS) / found["decode"]
+        yield f"{DECODED}, bandwidth / a copy's", moved / (4 * ROWS * COLUMNS / found["copy"]), "ratio"
+        yield DECODED, found["decode"] / MATRICES / 1e3, "s"
+    elif name == "product":
+        for num_tokens, times in found["tokens"].items():
+            of = f"a product with {ROWS} x {COLUMNS}, 4 bits, bfloat16, tokens: {num_tokens}"
+            yield f"{of}, {TILES}", times["fused"] / times["dense"], "ratio"
+            yield f"{of}, {FIRST}", times["decoded"] / times["dense"], "ratio"
+            if int(num_tokens) <= 8:
+                share = (code_bytes + table_bytes) / times["fused"] / (2 * code_bytes / found["copy_of_codes"])
+                yield f"{of}, tiles decoded, bandwidth / a copy's", share, "ratio"
+    else:
+        named = {figure["name"]: figure for figure in found["figures"]}
+        ours = named[OURS]
+        yield f"{STEPPED} / its two forwards", ours["ratio"], "ratio"
+        yield f"{STEPPED} / the dense model's two forwards", ours["median_s"] / named[DENSE]["median_s"], "ratio"
+        yield f"{STEPPED}, peak memory", ours["peak_bytes"] / 2**30, "GiB"
 
 
 if __name__ == "__main__":

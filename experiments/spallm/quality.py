@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from fedzo.bench.claims import Claims, check_alike, measured_in
+from fedzo.bench.claims import Claims, check_alike, kept_results, measured_in
 from fedzo.data.files import read_running_text
 from fedzo.evaluate.perplexity import perplexity, text_windows
 from fedzo.models.config import ModelConfig
@@ -28,6 +28,7 @@ from fedzo.models.load import load_model, wrap_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.sketched.builder import layers_to_sketch, sketch_model
 from fedzo.models.source import read_model
+from fedzo.records.folder import replace_file
 from fedzo.sketch import SketchSettings, sketched_layers
 from fedzo.system import environment, use_threads
 
@@ -178,12 +179,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of this process (default: as many as fit)")
     arguments = parser.parse_args()
     use_threads(arguments.threads)
-    results: dict[str, Result] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Result] = kept_results(RESULTS, {})
     check_alike([*results.values(), {"environment": {"settings": SETTINGS}}])
     for name in ["dense", *(arguments.only or CELLS)]:
         if name not in results:
             results[name] = CELLS[name](arguments.data) | {"environment": {**environment(), "settings": SETTINGS}}
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            replace_file(RESULTS, json.dumps(results, indent=2) + "\n")
             write_claims(results)
         print(f"{name}: {results[name]['perplexity']:.2f}", flush=True)
 

@@ -17,6 +17,8 @@ from fedzo.report.format import interval
 from fedzo.system import environment
 
 Result = Mapping[str, Any]
+NOT_MEASURED = "not measured"
+"""What stands in the place of a value that nothing has measured yet."""
 
 
 def ran_with(run_dir: Path, *varied: str) -> dict[str, Any]:
@@ -36,6 +38,11 @@ def ran_with(run_dir: Path, *varied: str) -> dict[str, Any]:
     told: dict[str, Any] = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
     own = ("command", "config_hash", "run_id")  # of this run alone; a command's words may hold paths of the machine
     return {**{key: value for key, value in told.items() if key not in own}, "settings": digest[:12]}
+
+
+def kept_results(path: Path, default: Any) -> Any:
+    """What earlier calls of a script have measured and kept in a file of JSON, or ``default`` before the first one."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
 
 
 def metric_lines(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -110,7 +117,7 @@ class Claims:
     def add(
         self,
         claim: str,
-        value: float,
+        value: float | None,
         unit: str,
         *,
         at_most: float | None = None,
@@ -123,7 +130,8 @@ class Claims:
 
         Args:
             claim: What is claimed.
-            value: As it was measured.
+            value: As it was measured; None where nothing was. The row then tells the target and claims nothing: neither
+                its value nor ``holds`` is known.
             unit: Of the value.
             at_most: The target, if it is an upper bound.
             at_least: The target, if it is a lower bound.
@@ -139,19 +147,17 @@ class Claims:
         if len(bounds) > 1:
             raise ValueError(f"{claim!r} must have one target, got {len(bounds)}")
         target, within = bounds[0] if bounds else (None, None)
-        holds = _holds(value, target, within)
-        rounded = (float(f"{value:.{digits}g}") for digits in range(4, 17))
         self.rows.append(
             {
                 "claim": claim,
-                "value": next((each for each in rounded if _holds(each, target, within) == holds), value),
+                "value": None if value is None else _rounded(value, target, within),
                 "unit": unit,
                 "target": target,
                 "within": within,
-                "holds": holds,
+                "holds": None if value is None else _holds(value, target, within),
                 "command": self.command,
                 "seeds": self.seeds,
-                "environment": self.environment,
+                "environment": {} if value is None else self.environment,
             }
         )
 
@@ -169,7 +175,15 @@ class Claims:
     def show(self) -> None:
         """Print one line a claim."""
         for row in self.rows:
-            print(f"{row['claim']}: {number(row['value'])} {row['unit']}{f' ({wanted(row)})' if wanted(row) else ''}")
+            value = NOT_MEASURED if row["value"] is None else f"{number(row['value'])} {row['unit']}"
+            print(f"{row['claim']}: {value}{f' ({wanted(row)})' if wanted(row) else ''}")
+
+
+def _rounded(value: float, target: float | None, within: str | float | None) -> float:
+    """To four digits, or as many as tell it from its target."""
+    holds = _holds(value, target, within)
+    rounded = (float(f"{value:.{digits}g}") for digits in range(4, 17))
+    return next((each for each in rounded if _holds(each, target, within) == holds), value)
 
 
 def _holds(value: float, target: float | None, within: str | float | None) -> bool:
@@ -183,6 +197,20 @@ def _holds(value: float, target: float | None, within: str | float | None) -> bo
 def number(value: float) -> str:
     """A number of a row with all of its digits, which were rounded when it was added."""
     return f"{value:.15g}"
+
+
+def with_range(unit: str, values: Sequence[float]) -> str:
+    """A unit that tells in brackets what values lie between, such as quartiles, or the runs behind a median.
+
+    Args:
+        unit: Of each of them.
+        values: At least one; where all of them are one number, the unit tells no more.
+    """
+    low, high = (float(f"{end:.4g}") for end in (min(values), max(values)))
+    if low == high:
+        return unit
+    ends = (f"{end:,.0f}" if unit == "bytes" else number(end) for end in (low, high))
+    return f"{unit} ({' to '.join(ends)})".lstrip()
 
 
 def wanted(row: Result, shown: Callable[[float], str] = number) -> str:

@@ -1,6 +1,7 @@
 """``fedzo bench step``: our step beside its bare forwards (two, by default), MeZO's walk and a first-order step.
 
-On a sketch: beside its bare forwards and those of the dense model that it decodes to.
+On a sketch: beside its bare forwards and those of the dense model that it decodes to. Where states of rows are kept
+(``model.lower_layers_cache_mb``): beside its bare forwards, and timed with all of them there.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Bench:
         with the products that PyTorch makes by itself. The first-order step is always eager.
 
         Beside the forwards of a sketch are those of its dense twin, which has the decoded weights. The steps that train
-        all weights are left out there, since a sketch has none that could be trained.
+        all weights are left out there, since a sketch has none that could be trained. They are left out, too, where
+        states of rows are kept over steps: these hold as long as nobody writes to the blocks that made them.
         """
         model, lr = self.loaded.model, 1e-8
         keys = [stream_key(0, round=0, probe=probe) for probe in range(self.num_probes)]
@@ -127,6 +129,7 @@ class Bench:
                 forwards()
 
         is_sketch, dense, decoder = self.loaded.is_sketch, dict[str, nn.Module](), self.loaded.decoder
+        keeps_rows = self.lower is not None and self.lower.rows is not None
         eager = replace(self, loaded=replace(self.loaded, decoder=None))
         base = twin = self  # where the model runs through other modules, which graphs do not notice
         if isinstance(decoder, CapturedDecoder):
@@ -142,7 +145,7 @@ class Bench:
             **({EAGER: eager_forwards} if decoder else {}),
             **({DEFAULT: default_forwards} if product_is_chosen() else {}),
             OURS: ours,
-            **({} if is_sketch else train_all_weights),
+            **({} if is_sketch or keeps_rows else train_all_weights),
         }
 
 
@@ -218,7 +221,7 @@ def bench_step(bench: Bench, *, repeats: int, on_repeat: OnProgress) -> dict[str
         here, where a model and all contestants are: ``peak_bytes`` of each figure is None.
     """
     contestants = bench.contestants()
-    timed = {name: partial(_finish, work, bench.loaded.device) for name, work in contestants.items()}
+    timed = {name: partial(finish, work, bench.loaded.device) for name, work in contestants.items()}
     # what runs once a step is recorded and compared in so many, or compiled, which takes no more
     warm_ups = NUM_EAGER if bench.loaded.decoder else WARM_UPS
     seconds = interleaved(timed, repeats=repeats, warm_ups=warm_ups, on_repeat=on_repeat)
@@ -230,7 +233,7 @@ def bench_step(bench: Bench, *, repeats: int, on_repeat: OnProgress) -> dict[str
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": bench.loaded.device.type,
         "device_name": _device_name(bench.loaded.device),
-        "forwards": _kind_of_forwards(bench.loaded),
+        "forwards": kind_of_forwards(bench.loaded),
         "threads": torch.get_num_threads(),
         "rows": rows,
         "tokens": len(bench.examples[0].prompt),
@@ -266,6 +269,20 @@ def peak_bytes(config: LaunchConfig, name: str, *, shape: str | None, rows: int,
     return peak if peak is None or bench.loaded.device.type != "cpu" else peak - before
 
 
+def finish(work: Work, device: torch.device) -> None:
+    """Do work, and wait until its device has done it."""
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def kind_of_forwards(loaded: LoadedModel) -> str:
+    """What a model's forwards are by now: eager, too, where its CUDA graphs were given up."""
+    if isinstance(loaded.decoder, CapturedDecoder):
+        return "eager" if loaded.decoder.captures.gave_up else "captured"
+    return "compiled" if loaded.decoder else "eager"
+
+
 def _figure(name: str, spent: list[float], bare: list[float]) -> dict[str, Any]:
     """One contestant's figures; the ratio is to the bare forwards of the same repeat."""
     ratios = [own / other for own, other in zip(spent, bare, strict=True)]
@@ -286,17 +303,7 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
     return first, third
 
 
-def _finish(work: Work, device: torch.device) -> None:
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _kind_of_forwards(loaded: LoadedModel) -> str:
-    if isinstance(loaded.decoder, CapturedDecoder):
-        return "eager" if loaded.decoder.captures.gave_up else "captured"
-    return "compiled" if loaded.decoder else "eager"
-
-
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from fedzo.bench.claims import Claims, check_alike, measured_in, metric_lines, number, ran_with, wanted
+from fedzo.bench.claims import (
+    Claims,
+    check_alike,
+    kept_results,
+    measured_in,
+    metric_lines,
+    number,
+    ran_with,
+    wanted,
+    with_range,
+)
 from fedzo.bench.measure import interleaved
 
 
@@ -45,6 +55,20 @@ def test_a_claim_holds_within_its_bound(
         "environment": {"fedzo": "1"},
     }
     assert wanted(row) == told
+
+
+def test_a_row_without_a_value_tells_its_target_and_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    claims = Claims(command="python it.py", environment={"fedzo": "1"})
+
+    claims.add("a ratio", None, "ratio", at_most=1.05)
+    claims.show()
+
+    (row,) = claims.rows
+    assert (row["value"], row["holds"], row["target"], row["within"]) == (None, None, 1.05, "<=")
+    assert row["environment"] == {}, "of a process that has measured nothing"
+    assert capsys.readouterr().out == "a ratio: not measured (<= 1.05)\n"
+    with pytest.raises(ValueError, match="each claim must be made once"):
+        claims.add("a ratio", 1.0, "ratio")
 
 
 def test_a_claim_has_one_target() -> None:
@@ -201,3 +225,26 @@ def test_a_mean_over_seeds_tells_its_half_width_where_there_are_several() -> Non
         (1.0, "points"),
         (2.0, "points +- 2.5"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("unit", "values", "told"),
+    [
+        ("ratio", (0.912746, 0.932684), "ratio (0.9127 to 0.9327)"),
+        ("", [29.7, 65.49, 27.93], "(27.93 to 65.49)"),
+        ("bytes", [458744, 458640, 458640], "bytes (458,600 to 458,700)"),
+        ("s", [110.0, 110.001], "s"),  # one number, as it is written
+        ("s", [110.0], "s"),
+    ],
+)
+def test_a_unit_tells_what_values_lie_between(unit: str, values: list[float], told: str) -> None:
+    assert with_range(unit, values) == told
+
+
+def test_kept_results_are_those_of_a_file_once_there_is_one(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    assert kept_results(file, []) == []
+
+    file.write_text('{"a": [1.5]}\n', encoding="utf-8")
+
+    assert kept_results(file, {}) == {"a": [1.5]}

@@ -26,7 +26,9 @@ from fedzo.bench.step import (
     OURS,
     WALK,
     Bench,
+    _device_name,
     bench_step,
+    finish,
     open_bench,
     peak_bytes,
 )
@@ -34,6 +36,7 @@ from fedzo.cli import main
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model
+from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.scoring import example_losses
 from fedzo.models.sketched.layers import make_dense
 from fedzo.sketch import SketchLinear
@@ -77,6 +80,25 @@ def test_every_contestant_is_timed_and_leaves_the_model_as_it_was(folder: Path, 
     assert (result["rows"], result["tokens"], result["space_size"]) == (3, 5, bench.space.size)
     assert result["environment"]["device"] == "cpu"
     assert np.abs(bench.space.values() - before).max() < 1e-6  # the walk does not come back to the same bits
+
+
+def test_rows_that_are_kept_are_there_in_every_timed_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that trains all weights would have them run anew each time."""
+    words = ["trainer=lora", "trainer.first_layer=1", "model.lower_layers_cache_mb=1", "device=cpu"]
+    bench = open_bench(load([f"model={folder}", *words]), shape=None, rows=2, tokens=4)
+    rows: list[int] = []
+    run = LowerLayers.run
+
+    def counted(lower: LowerLayers, ids: torch.Tensor) -> Any:
+        rows.append(len(ids))
+        return run(lower, ids)
+
+    monkeypatch.setattr(LowerLayers, "run", counted)
+
+    result = bench_step(bench, repeats=2, on_repeat=lambda done, total: None)
+
+    assert [figure["name"] for figure in result["figures"]] == [BARE, BASE, OURS]
+    assert rows == [2]
 
 
 def test_beside_a_sketch_stand_a_dense_model_that_computes_the_same_and_no_dense_step(tmp_path: Path) -> None:
@@ -256,6 +278,18 @@ def test_forwards_through_graphs_are_timed_and_weighed_when_their_graphs_run_alo
     graphs_on_cpu.clear()
     peak_bytes(config, FIRST_ORDER, shape=None, rows=2, tokens=4)
     assert not graphs_on_cpu, "others' graphs take memory that the step does not"
+
+
+def test_work_ends_when_its_device_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    devices = [torch.device(name) for name in ("cpu", "mps", "cuda:1")]
+
+    for device in devices:
+        finish(lambda: None, device)
+
+    assert waited == devices[1:]
+    assert [_device_name(device) for device in devices[:2]] == [torch.backends.cpu.get_cpu_capability(), "mps"]
 
 
 def test_peak_sees_a_tensor_that_is_gone_again() -> None:

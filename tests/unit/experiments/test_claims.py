@@ -26,19 +26,20 @@ def read(name: str) -> Any:
     return json.loads((FOLDER / name).read_text())
 
 
-def each_result(made: Any) -> list[Any]:
-    files = sorted(made.RESULTS.glob("*.json"))
-    return [row for file in files for row in made.gather(file.stem, json.loads(file.read_text()))]
+def each_case(made: Any) -> list[Any]:
+    return [row for name, case in made.CASES.items() for row in made.rows_of(name, case, made.result_of(name))]
 
 
 MADE: dict[str, Callable[[Any], Any]] = {
-    "bench/run.py": lambda made: [row for case in {**made.CPU, **made.GPU}.items() for row in made.gather(*case)],
+    "bench/run.py": lambda made: [row for case in made.CASES.items() for row in made.gather(*case)],
     "clients/run.py": lambda made: made.gather(read("clients/results.json")).rows,
-    "gpu/run.py": each_result,
+    "gpu/run.py": each_case,
     "lower_layers/accuracy.py": lambda made: made.gather(made.known()),
+    "lower_layers/step.py": lambda made: made.gather(read("lower_layers/step.json")).rows,
     "network/hostile.py": lambda made: made.gather(read("network/hostile.json")).rows,
     "quickstart/run.py": lambda made: made.gather(read("quickstart/results.json")).rows,
     "spallm/accuracy.py": lambda made: made.write_claims(),
+    "spallm/gpu.py": lambda made: made.gather(made.known()).rows,
     "spallm/quality.py": lambda made: made.write_claims(read("spallm/quality.json")),
     "vpcs/simulate.py": lambda made: made.claims(read("vpcs/simulation.json")).rows,
 }
@@ -49,6 +50,7 @@ MADE: dict[str, Callable[[Any], Any]] = {
 def test_what_is_committed_is_made_of_the_results(
     name: str, script: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.syspath_prepend(str((FOLDER / name).parent))  # as for any script, which may import others
     made = script(FOLDER / name)
     if name != "bench/run.py":  # which reads its results there
         monkeypatch.setattr(made, "HERE", tmp_path)
@@ -62,7 +64,9 @@ def test_what_is_committed_is_made_of_the_results(
 
 
 def test_what_holds_follows_from_value_and_target() -> None:
-    def holds(value: float, target: float | None, within: str | float | None) -> bool:
+    def holds(value: float | None, target: float | None, within: str | float | None) -> bool | None:
+        if value is None:
+            return None
         if target is None:
             return within is None
         if isinstance(within, str):
@@ -73,6 +77,13 @@ def test_what_holds_follows_from_value_and_target() -> None:
 
     assert len(ROWS) > 900
     assert wrong == []
+
+
+def test_a_row_without_a_value_was_measured_with_nothing() -> None:
+    told = [row for row in ROWS if row["value"] is None]
+
+    assert all(row["environment"] == {} for row in told)
+    assert [row["claim"] for row in ROWS if row["environment"] == {} and row not in told] == []
 
 
 def test_a_commit_has_the_script_whose_figures_name_it() -> None:

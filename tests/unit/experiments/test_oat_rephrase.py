@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -263,7 +264,7 @@ def test_a_cell_is_measured_once_and_outlives_a_kill(cells: Any, tmp_path: Path)
     file = tmp_path / "effect.json"
     kept = cells.Cells(file)
     kept.measure("a", lambda: {"value": 1})
-    (tmp_path / "effect.part").write_text("{torn")  # of a process that was killed
+    (tmp_path / f".effect.json.{os.getpid()}.part").write_text("{torn")  # of a process of this number, killed
     assert kept.measure("a", lambda: {"value": 2})["value"] == 1
     cells.Cells(file, "cuda").measure("b", lambda: {"value": 3})
     assert {name: cell["value"] for name, cell in kept.all().items()} == {"a": 1, "b": 3}

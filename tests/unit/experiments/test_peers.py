@@ -139,6 +139,27 @@ def test_claims_are_of_equal_forwards_and_of_paired_seeds(peers: Any, tmp_path: 
     assert (tmp_path / "peers.png").exists()
 
 
+def test_a_median_over_seeds_tells_the_least_and_the_most(peers: Any, tmp_path: Path) -> None:
+    """Where they differ: all seeds reach 0.70 with the bytes of round 5."""
+    results: dict[str, Any] = {"base sst2": BASE}
+    for lr, loss in ((0.1, 0.6), (0.2, 0.5), (0.4, 0.7)):
+        for seed, train_s in enumerate((130.0, 100.0, 110.0) if lr == 0.2 else (100.0,)):
+            made = {**entry("meerkat", seed, lr, loss=loss), "train_s": train_s}
+            made["dev"][0]["value"] = 0.5
+            made["dev"][1]["seconds"] = train_s / 2
+            results[f"run sst2 meerkat {lr:g} {seed}"] = made
+
+    peers["tables"].write(results)
+
+    claims = {row["claim"]: row for row in json.loads((tmp_path / "claims.json").read_text())}
+    told = {what: claims[f"SST-2, Meerkat: {what}"] for what in ("training time", "s to 0.70", "bytes to 0.70")}
+    assert {what: (row["value"], row["unit"]) for what, row in told.items()} == {
+        "training time": (110, "s (100 to 130)"),
+        "s to 0.70": (55, "(50 to 65)"),
+        "bytes to 0.70": (500, "bytes"),
+    }
+
+
 def test_a_seed_that_diverged_is_missing_and_one_method_can_stand_alone(peers: Any, tmp_path: Path) -> None:
     results = {f"run sst2 last_norm {lr:g} 0": entry("last_norm", 0, lr, loss=abs(lr - 0.2)) for lr in (0.1, 0.2, 0.4)}
     results["run sst2 last_norm 0.2 1"] = diverged(entry("last_norm", 1, 0.2, loss=0))

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[3] / "experiments"
 
@@ -79,3 +80,59 @@ def test_a_method_all_of_whose_runs_diverge_is_not_judged(
     assert told["Full-FedZO of the dense model"] == "behind"
     assert told["LoRA-FedZO of the dense model"] == "cannot judge; all runs of LoRA-FedZO diverge"
     assert [accuracy.diverged(each) for each in study] == [verdicts.diverged(each) for each in study]
+
+
+@pytest.fixture
+def kernels_on_a_gpu(script: Callable[[Path], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The script, with an empty folder of results."""
+    made: Any = script(FOLDER / "spallm" / "gpu.py")
+    monkeypatch.setattr(made, "HERE", tmp_path)
+    monkeypatch.setattr(made, "RESULTS", tmp_path / "gpu.json")
+    return made
+
+
+def test_without_a_card_no_kernel_is_measured_and_each_piece_says_so(
+    kernels_on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    made = kernels_on_a_gpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(made, "PIECES", dict.fromkeys(made.PIECES, None))  # which nobody can call
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+
+    made.main()
+
+    assert capsys.readouterr().out.startswith("Nothing is measured: this machine has no CUDA device.\n")
+    rows = json.loads((tmp_path / "claims.json").read_text())
+    assert {(row["value"], row["holds"]) for row in rows} == {(None, None)}
+    targets = {row["claim"]: row["target"] for row in rows}
+    step = "Llama-2-7B's shape, 4 bits, bfloat16, 32 x 128 tokens, a step of tables"
+    assert (targets[f"{step} / its two forwards"], targets[f"{step}, peak memory"]) == (1.08, 8)
+    assert len(rows) == 7
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_figures_of_kernels_are_the_goals_that_their_pieces_have(kernels_on_a_gpu: Any) -> None:
+    made = kernels_on_a_gpu
+    times = {"fused": 2.0, "decoded": 8.0, "dense": 4.0}
+    named = {made.OURS: (1.05, 0.4, 4 << 30), made.DENSE: (0.5, 0.2, None)}
+    keys = ("ratio", "median_s", "peak_bytes")
+    steps = [dict(zip(keys, each, strict=True), name=name) for name, each in named.items()]
+    found = {
+        "check": {"differing": 0, "units": 0.5},
+        "replay": {"differing": 0},
+        "decode": {"decode": 1.0, "copy": 1.0},
+        "product": {"copy_of_codes": 1.0, "tokens": {"1": times, "16": times}},
+        "step": {"figures": steps},
+    }
+
+    assert set(found) == set(made.GOALS) == set(made.PIECES)
+    for name, goals in made.GOALS.items():
+        assert set(goals) <= {what for what, _, _ in made.figures(name, found[name])}
+    told = {"card": "Card", "environment": {"threads": 1}}
+    rows = made.gather({name: {"found": each, **told} for name, each in found.items()}).rows
+    assert {row["holds"] for row in rows} == {True}
+    values = {row["claim"].removeprefix("Card: "): row["value"] for row in rows}
+    step = "Llama-2-7B's shape, 4 bits, bfloat16, 32 x 128 tokens, a step of tables"
+    assert [values[f"{step}{rest}"] for rest in (" / its two forwards", ", peak memory")] == [1.05, 4.0]
+    assert values[f"{step} / the dense model's two forwards"] == 2.0
+    assert sum("cuBLAS" in what for what in values) == 4
