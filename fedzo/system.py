@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import pairwise
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedzo
+from fedzo.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,6 +42,7 @@ COMMIT_ENV = "FEDZO_GIT_COMMIT"
 """Environment variable with the commit of a source tree that was copied without its .git."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 _LIBRARIES = (
     *("accelerate", "alembic", "bitsandbytes", "datasets", "filelock", "fsspec", "httpx", "huggingface_hub"),
@@ -175,9 +178,43 @@ def command() -> list[str]:
     return list(json.loads(given)) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
+def cache_root() -> Path:
+    """``$FEDZO_CACHE``, by default ``~/.cache/fedzo``.
+
+    Raises:
+        ConfigError: This user has no home.
+    """
+    try:
+        return Path(os.environ.get("FEDZO_CACHE") or Path.home() / ".cache" / "fedzo").expanduser()
+    except RuntimeError as error:
+        raise ConfigError("the cache must have a folder, but this user has no home. Set FEDZO_CACHE to one.") from error
+
+
+def control_groups() -> Iterator[Path]:
+    """Folders of the process's control group and of those around it (version 2), from the inside; none elsewhere."""
+    try:
+        lines = OWN_CGROUP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for path in (line[3:] for line in lines if line.startswith("0::")):
+        own = CGROUPS / path.lstrip("/")
+        for folder in (own, *own.parents):
+            yield folder
+            if folder == CGROUPS:
+                break
+
+
 def usable_cpus() -> int:
-    """CPUs that this process may run on: fewer than the machine's where a scheduler or a container gave it some."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use: fewer than the machine's where a scheduler or a container gave it some.
+
+    Of a container's quota there are as many as it has time of, rounded up: more threads would only wait for each other.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in control_groups():
+        with suppress(OSError, ValueError):  # without a quota there is no file, or it says ``max``
+            quota, period = map(int, (folder / "cpu.max").read_text(encoding="ascii").split())
+            cpus = min(cpus, math.ceil(quota / period))
+    return cpus
 
 
 def default_threads() -> int:

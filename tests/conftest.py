@@ -28,7 +28,7 @@ if "FLWR_HOME" not in os.environ:
     os.environ["FLWR_HOME"] = tempfile.mkdtemp(prefix="flwr-")
     atexit.register(shutil.rmtree, os.environ["FLWR_HOME"], ignore_errors=True)
 if "RAY_TMPDIR" not in os.environ:  # Ray looks in its folder for clusters that others have started
-    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path must be short
     atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 import numba

@@ -61,6 +61,10 @@ def _run(argv: Sequence[str] | None) -> int:
     except (MemoryError, RuntimeError) as error:
         from fedzo.system import is_out_of_memory
 
+        if "no locator available" in str(error):  # Numba's words, at the import of what uses it
+            told = "compiled kernels must be kept somewhere, but there is no folder that this user can write into"
+            print(f"fedzo {arguments.command}: {told}. Set NUMBA_CACHE_DIR to one.", file=sys.stderr)
+            return BAD_INPUT
         if not is_out_of_memory(error):
             raise
         said = printable(str(error) or type(error).__name__, most=200).rstrip(".")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedzo.commands.server import IMAGE, fill, template
 from fedzo.errors import ConfigError, printable, shell, without_escapes
-from fedzo.records.folder import folder_of_one_process, is_locked, replace_file
+from fedzo.records.folder import LOCK, folder_of_one_process, is_locked, replace_file
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
 from fedzo.runtime.net.credentials import keep_private, plain_pem
 from fedzo.runtime.net.daemons import CONNECTED, HEARD, LATE, REFUSED, SILENT, STARTED
@@ -126,7 +126,7 @@ def status(folder: ClientFolder) -> Generator[str, None, bool]:
         ConfigError: The folder is not whole.
     """
     folder.check()
-    is_up, words, logs = is_locked(folder.path), _Words(folder.address), folder.file("logs")
+    is_up, words, logs = is_locked(folder.file(LOCK)), _Words(folder.address), folder.file("logs")
     going = {True: "up", False: "down", None: f"perhaps up ({NO_LOCKS})"}
     yield f"site of {folder.address}: {going[is_up]}"
     if is_up is not False:

@@ -22,7 +22,7 @@ from fedzo.models.available import available_memory_bytes, held_bytes, mapped_by
 from fedzo.models.load import load_model, resolve_device
 from fedzo.models.memory import weights_bytes
 from fedzo.models.source import find_source
-from fedzo.records.folder import is_locked
+from fedzo.records.folder import LOCK, is_locked
 from fedzo.report.format import bytes_text
 from fedzo.runtime.net.addresses import accepts, split_address
 from fedzo.runtime.net.client_folder import AUTHORITY, KEY, SECRET, SITE, ClientFolder
@@ -97,7 +97,7 @@ def _client_checks(folder: ClientFolder) -> Iterator[Check]:
     if proxy[1]:
         yield from _server_seen(folder)
     yield _rows(site.data.path)
-    if is_locked(folder.path):
+    if is_locked(folder.file(LOCK)):
         see = shell("fedzo status", folder.path)
         skipped = "device, directions, CUDA kernels, memory, model and tokenizer"
         yield "not checked", True, f"{skipped}, for the site is up and needs the memory: `{see}`"
@@ -162,7 +162,7 @@ def _directions(device: torch.device) -> Check:
             expected = base + direction_at(key, coordinates, distribution=law) * scale
             made = add_direction(base.to(device), key, scale=scale, start=start, distribution=law)
             if not torch.equal(made.cpu(), expected):
-                remedy = f"Update torch, Numba and the driver, or name another device in {SITE}"
+                remedy = "Update torch, Numba and the driver, or name another device"
                 return "directions", False, f"{told}are not the specified ones ({law}). {remedy}"
     except RuntimeError as error:  # of a driver, or of memory
         return "directions", False, f"{told}cannot be made: {printable(str(error), most=200)}"
@@ -230,14 +230,14 @@ def _proxies() -> Check:
 
 
 def doctor() -> list[Check]:
-    """Whether this machine can take part: versions, devices, and directions against their golden key."""
+    """Whether this machine can take part: versions, its device, and directions against golden numbers and on it."""
     checks = [("python", sys.version_info >= (3, 11), platform.python_version()), ("fedzo", True, code_version())]
     problems = package_problems()
     for name in dict.fromkeys((*PACKAGES, *problems)):
         checks.append((name, name not in problems, problems.get(name) or package_version(name) or "not installed"))
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = resolve_device("auto")
     checks.append(("device", True, f"{device}, {default_threads()} CPU threads"))
     bits = [f"{word:08x}" for word in direction(stream_key(0, round=0), 4).view("uint32")]
     golden = bits == ["bea7d6d0", "3e5d41d9", "3fd9904a", "401c6450"]
     checks.append(("directions", golden, "golden vector " + ("matches" if golden else f"differs: {bits}")))
-    return [*checks, *_kernels(torch.device(device))]
+    return [*checks, _directions(device), *_kernels(device)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from fedzo.data.preprocess.rephrase.rephraser import Rephraser
 from fedzo.data.preprocess.rephrase.results import row_digest
 from fedzo.data.words import is_utf8
 from fedzo.errors import ConfigError
+from fedzo.models.digest import file_digest
 from fedzo.records.rephrase import RowOutcome
 from fedzo.report.format import counted
 from fedzo.report.rephrased import figures_table
@@ -30,7 +30,7 @@ def import_sets(work: Work, file: Path) -> Iterator[str]:
         file: Table with ``row`` (number in the data, from 0), ``text``, and where it has one ``verdict``: all but
             ``same`` keeps the original. A ``field`` or ``column`` must be the recipe's.
     """
-    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    digest = file_digest(file) if file.is_file() else ""
     sets = read_rows(file)
     recipe = replace(work.rephraser.config, imported=digest)
     own = replace(work.rephraser, config=recipe)

@@ -231,8 +231,8 @@ def fill(folder: Path, files: Mapping[str, str], **more: object) -> str:
 
 def _key_line(key: str) -> str:
     """The text of a file with a key; what holds a blank and names no file is the key itself."""
-    try:
-        return Path(key).read_text(encoding="utf-8", errors="replace")
+    try:  # a copy may have got a byte order mark
+        return Path(key).read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         if " " not in key.strip():
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -138,6 +138,8 @@ def _part_of(out: Path) -> Iterator[Path]:
         part.mkdir(parents=True, exist_ok=True)
         with folder_of_one_process(part):
             yield part
+        with suppress(OSError):  # empty where NFS still had a name for the file that was locked, else gone or in use
+            part.rmdir()
 
 
 def _build(

@@ -17,6 +17,7 @@ from fedzo.errors import ConfigError, ProtocolError, RunFolderError, printable, 
 from fedzo.records.decode import decode, parse_json, read_record
 from fedzo.records.folder import (
     CONFIG,
+    LOCK,
     METRICS,
     MULTIRUN,
     PRESENCE,
@@ -163,7 +164,8 @@ def stop(run_dir: Path) -> Iterator[str]:
 
 def _is_worked_on(run_dir: Path) -> bool | None:
     """Whether its server is up, or whoever starts that; None where nobody can know."""
-    return is_locked(run_dir / PUBLIC) or is_locked(run_dir)
+    found = [is_locked(run_dir / name) for name in (PUBLIC, LOCK)]
+    return True if True in found else None if None in found else False
 
 
 def _status_of_run(run_dir: Path) -> Told:

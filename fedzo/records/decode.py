@@ -80,6 +80,11 @@ def to_json(record: object, *, indent: int | None = None) -> str:
     return json.dumps(encode(record), allow_nan=False, indent=indent, separators=(",", ":") if indent is None else None)
 
 
+def canonical(value: object) -> bytes:
+    """JSON as it is hashed: keys sorted, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
 def parse_json(text: str | bytes, *, where: str, error: type[FedzoError], remedy: str = "") -> Any:
     """Plain values of JSON, and of nothing else: nan and infinity are none."""
     try:

@@ -34,6 +34,8 @@ MULTIRUN = "multirun.yaml"
 """In a sweep's folder, by which it is known: the words of its command line."""
 REPORT, LOG, CLIENTS_LOG = "report.html", "fedzo.log", "logs/clients.log"
 """The page, warnings of the run, and what clients in processes of their own, on the server's machine, tell."""
+LOCK = ".lock"
+"""In a folder that a process has to itself: the empty file that it has locked."""
 _LOOK_S = 0.05
 _NOBODY = 65534  # as whom a container shows a user of its host that has no number in it
 
@@ -78,7 +80,8 @@ def open_file(folder: Path, name: str, flags: int = os.O_RDONLY, *, mode: int = 
             os.close(outer)
         # without waiting: a pipe would never open
         opened = _open_in(room, last, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
-    except OSError:
+    except OSError as error:
+        error.filename = str(folder / name)  # not its last name alone
         for depth in range(len(rooms) + 1):
             refuse_link(folder.joinpath(*rooms[:depth], [*rooms, last][depth]))
         raise
@@ -210,8 +213,11 @@ def folder_of_one_process(folder: Path, what: str = "run folder") -> Iterator[No
 
     Raises:
         FolderInUseError: Another process has it.
+        RunFolderError: A link has the name of the file that is locked.
+        OSError: That file cannot be made.
     """
-    opened = os.open(folder, os.O_RDONLY)
+    # a file that is open for writing: NFS locks a folder for one machine alone, and no file that is only read
+    opened = open_file(folder, LOCK, os.O_RDWR | os.O_CREAT)
     try:
         lock_file(opened, folder, what)
         yield
@@ -242,9 +248,14 @@ def _tell_of_no_lock(folder: Path, what: str, reason: object) -> None:
 
 
 def is_locked(file: Path) -> bool | None:
-    """Whether another process has locked a file; one that is not there is not. None where nobody can know."""
+    """Whether another process has locked a file; one that is not there is not. None where nobody can know.
+
+    Raises:
+        RunFolderError: It is a link, or no regular file.
+        OSError: It cannot be opened.
+    """
     try:
-        opened = os.open(file, os.O_RDONLY)
+        opened = open_file(file.parent, file.name)
     except FileNotFoundError:
         return False
     try:

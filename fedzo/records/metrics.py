@@ -7,7 +7,7 @@ and the table of a sweep.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from fedzo.errors import FedzoError
 from fedzo.records.decode import decode
@@ -59,12 +59,16 @@ class Estimate:
     """Estimated needs of a run.
 
     Attributes:
-        memory_bytes: Peak of one step, weights included.
+        memory_bytes: Peak of one step on ``device``, weights included: the sum of ``parts``, where these are told.
         seconds: All forwards of rounds and scores, one process.
+        free_bytes: On the device, beside the weights.
     """
 
     memory_bytes: Count
     seconds: Seconds
+    parts: Annotated[dict[Name, Count], Length(0, 10), OmitDefault()] = field(default_factory=dict)
+    device: Annotated[Words, OmitDefault()] = ""
+    free_bytes: Annotated[Count | None, OmitDefault()] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +97,8 @@ class Setup:
         estimate: Of a simulation; None where the server has no rows to estimate from.
         cut_rows: By split (``train`` and ``heldout`` of all clients, ``dev``, ``test``): rows that ``task.max_length``
             cuts, and all rows.
-        forwards_per_step: What a local step costs, where a backward pass counts as two; None in older records.
+        forwards_per_step: What a local step costs, where a backward pass counts as two, and a score that is trained as
+            one; None in older records.
         prepare_seconds: What the trainer's preparation took (a mask, the gradient of a sketch's tables) in the process
             that began the run; None in older records.
         forwards: In the process that began the run; None in older records.
@@ -333,9 +338,7 @@ class Extension:
 
 
 MetricRecord = Setup | Extension | Round | StepDecision | CentralScore | FederatedScore | Summary
-METRIC_KINDS: dict[str, type[MetricRecord]] = {
-    each.kind: each for each in (Setup, Extension, Round, StepDecision, CentralScore, FederatedScore, Summary)
-}
+METRIC_KINDS: dict[str, type[MetricRecord]] = {each.kind: each for each in get_args(MetricRecord)}
 
 
 def decode_metric(value: object, *, where: str, error: type[FedzoError], remedy: str = "") -> MetricRecord:

@@ -71,8 +71,8 @@ class InlineConfig(RuntimeConfig):
     """All clients in this process, one after another, on one copy of the model."""
 
     batch_clients: bool = False
-    """Evaluate all clients of a round in joint forwards. After the first local step, only with a mask in float32
-    linear layers on CPU or CUDA, or with the tables of a sketch. Last bits differ."""
+    """Evaluate all clients of a round in joint forwards. After the first local step, only with a mask in linear layers
+    (in float32 on a CPU, in any dtype on CUDA), or with the tables of a sketch. Last bits differ."""
 
     @property
     def traits(self) -> RuntimeTraits:
@@ -162,7 +162,7 @@ def _local(config: LocalConfig, *, num_clients: int, run_dir: Path) -> None:
 class RemoteConfig(RuntimeConfig):
     """Sites on machines of their own, through the SuperLink that ``fedzo server up`` runs here."""
 
-    paths: ClassVar[tuple[str, ...]] = (*RuntimeConfig.paths, "server")
+    paths: ClassVar[tuple[str, ...]] = ("server",)
 
     server: str = ""
     """The server's folder, which ``fedzo server init`` makes."""

@@ -248,9 +248,14 @@ def _start_ray(config: RayConfig) -> None:
     try:  # "local": another's that is up is left alone
         ray.init("local", runtime_env={"env_vars": environment}, num_cpus=num_cpus, num_gpus=num_gpus, **quiet)
     except Exception as error:  # Ray raises bare ones
+        remedy = (
+            "It gives its processes 30 s: look for what else keeps the machine busy, or for a lack of memory, and "
+            "start the run again."
+        )
+        if "AF_UNIX path length" in str(error):
+            remedy = "Its sockets need a shorter path: set RAY_TMPDIR to a folder such as /tmp."
         raise ProtocolError(
-            f"runtime=ray: Ray must start on this machine, but did not ({error!r}). It gives its processes 30 s: "
-            "look for what else keeps the machine busy, or for a lack of memory, and start the run again."
+            f"runtime=ray: Ray must start on this machine, but did not ({error!r}). {remedy}"
         ) from error
 
 

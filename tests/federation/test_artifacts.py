@@ -59,8 +59,8 @@ def test_nothing_is_sent_where_the_servers_process_plays_the_clients(
     run: Run, lines: Lines, pieces: list[ArtifactPiece], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
-    original = artifacts._digest
-    monkeypatch.setattr(artifacts, "_digest", lambda path: hashed.append(path) or original(path))
+    original = artifacts.file_digest
+    monkeypatch.setattr(artifacts, "file_digest", lambda path: hashed.append(path) or original(path))
 
     folder = run()
 
@@ -99,8 +99,8 @@ def test_a_run_is_the_same_whether_its_artifact_travels_or_not(
         assert (apart / name).read_bytes() == (together / name).read_bytes()
 
 
-def test_a_damaged_file_in_the_run_folder_is_replaced_when_the_run_goes_on(run: Run) -> None:
-    folder = run()
+def test_a_damaged_file_in_the_run_folder_is_replaced_when_the_run_goes_on(finished: Run) -> None:
+    folder = finished()
     (kept,) = (folder / "artifacts").iterdir()
     whole = kept.read_bytes()
     kept.write_bytes(whole[:-1])

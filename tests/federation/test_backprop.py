@@ -309,12 +309,12 @@ def vectors(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("adamw", [False, True])
 @pytest.mark.parametrize("instant", ["before the round", "after its vector was written"])
 def test_a_run_that_stops_in_the_middle_and_is_resumed_ends_as_the_unbroken_one(
-    run: Run, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: str, adamw: bool
+    finished: Run, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: str, adamw: bool
 ) -> None:
     from fedzo.fl import log_files
 
     settings = [*SETTINGS, *(["estimator.local_optimizer=adamw", "server_optimizer.lr=0.01"] if adamw else [])]
-    whole, folder = run(*settings), tmp_path / "broken"
+    whole, folder = finished(*settings), tmp_path / "broken"
     owner, name = (Server, "run_round") if instant == "before the round" else (log_files.OpenLog, "append")
     original = getattr(owner, name)
 
@@ -352,8 +352,8 @@ def test_replay_export_and_evaluation_rebuild_the_run(run: Run, lines: Lines, tm
     assert len({line["vector"] for line in public}) == 4
 
 
-def test_values_and_shuffled_replies_give_the_same_log(run: Run) -> None:
-    plain = run(*SETTINGS)
+def test_values_and_shuffled_replies_give_the_same_log(run: Run, finished: Run) -> None:
+    plain = finished(*SETTINGS)
 
     assert logs(run(*SETTINGS, "fl.transport=values")) == logs(plain)
     assert logs(run(*SETTINGS, "faults.shuffle_replies=true")) == logs(plain)

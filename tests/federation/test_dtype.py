@@ -29,6 +29,7 @@ from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer
 from fedzo.run.start import open_run
 from fedzo.trainers import TrainerContext
+from fedzo.zo.estimator import TwoPoint
 from fedzo.zo.log import EMPTY_CHAIN
 from fedzo.zo.spaces.base import Space
 
@@ -331,6 +332,24 @@ def test_graphs_are_timed_where_the_run_has_them(
     run("model.dtype=auto", "model.cuda_graphs=true", "task.candidates=[b,g]", "fl.rounds=1")
 
     assert ends == [["a forward", "its replay"] * 2 * NUM_DIRECTIONS] * 2
+
+
+@pytest.mark.parametrize(("num_probes", "asked"), [(1, [1, 4]), (2, [2, 4]), (6, [6, 6])])
+def test_an_estimator_is_tried_with_no_fewer_probes_than_a_step_has(
+    run: Run, monkeypatch: pytest.MonkeyPatch, num_probes: int, asked: list[int]
+) -> None:
+    """It may have nothing to compare one direction with, and then say so."""
+    estimate, numbers = TwoPoint.estimate, list[int]()
+
+    def noted(self: TwoPoint, space: Space, loss_fn: Any, keys: Any) -> Any:
+        numbers.append(len(keys))
+        return estimate(self, space, loss_fn, keys)
+
+    monkeypatch.setattr(TwoPoint, "estimate", noted)
+    run("model.dtype=auto", f"estimator.num_probes={num_probes}", "fl.rounds=1")
+
+    assert numbers[:4] == [*asked, *asked]  # in float32, and in bfloat16
+    assert {*numbers[4:]} == {num_probes}
 
 
 def test_all_weights_of_a_16_bit_model_are_warned_of_where_probes_vanish(

@@ -15,8 +15,8 @@ Run = Callable[..., Path]
 Lines = Callable[..., list[dict[str, Any]]]
 
 
-def test_scoring_a_run_again_gives_its_own_score(run: Run, lines: Lines) -> None:
-    folder = run("server_optimizer.lr=0.05", "fl.rounds=4")
+def test_scoring_a_run_again_gives_its_own_score(finished: Run, lines: Lines) -> None:
+    folder = finished("server_optimizer.lr=0.05", "fl.rounds=4")
 
     again = evaluate_run(folder, split="test")
 
@@ -25,8 +25,8 @@ def test_scoring_a_run_again_gives_its_own_score(run: Run, lines: Lines) -> None
     assert again == {"answers": {name: after[name] for name in again["answers"]}}
 
 
-def test_every_round_that_a_run_scored_can_be_scored_again(run: Run, lines: Lines) -> None:
-    folder = run("server_optimizer.lr=0.05", "fl.rounds=4")
+def test_every_round_that_a_run_scored_can_be_scored_again(finished: Run, lines: Lines) -> None:
+    folder = finished("server_optimizer.lr=0.05", "fl.rounds=4")
 
     dev = {line["round"]: line["loss"] for line in lines(folder, "metrics.jsonl") if line.get("split") == "dev"}
     assert sorted(dev) == [0, 2, 4]

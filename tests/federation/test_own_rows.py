@@ -20,6 +20,7 @@ from fedzo.data import sources
 from fedzo.errors import ConfigError
 from fedzo.fl.messages import Hello, TrainRequest
 from fedzo.run.start import open_run
+from fedzo.trainers.meerkat import Meerkat
 from fedzo.zo.log import EMPTY_CHAIN
 
 Run = Callable[..., Path]
@@ -123,6 +124,18 @@ def test_label_counts_travel_where_the_run_asks_for_them(run: Run, lines: Lines,
     assert [sum(client["label_counts"].values()) for client in setup["clients"]] == [4, 5, 6, 7]
 
 
+def test_a_trainer_that_asks_the_server_for_rows_is_told_that_it_has_none(
+    run: Run, sites: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By no key of another trainer: the one that asks may be a plugin."""
+    monkeypatch.setattr(Meerkat, "prepare", lambda self, loaded, context: context.texts())
+
+    with pytest.raises(ConfigError, match=r"^trainer: the server must have training rows .* partition=own") as told:
+        run(*SETTINGS, sites)
+
+    assert "trainer.calibration" not in str(told.value)
+
+
 def test_what_needs_rows_at_the_server_is_refused_by_name(overrides: Overrides, sites: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         load(overrides("partition=own", sites, "step_policy=oracle"))
@@ -140,8 +153,8 @@ def test_a_file_that_a_client_lacks_is_named(overrides: Overrides, sites: str, t
         load(overrides(*SETTINGS, sites))
 
 
-def test_a_stage_that_changes_nothing_leaves_the_run_as_it_is(run: Run) -> None:
-    plain, staged = run(), run("preprocess=[identity]")
+def test_a_stage_that_changes_nothing_leaves_the_run_as_it_is(run: Run, finished: Run) -> None:
+    plain, staged = finished(), run("preprocess=[identity]")
 
     assert (plain / "public.jsonl").read_bytes() == (staged / "public.jsonl").read_bytes()
 

@@ -153,9 +153,9 @@ def test_a_run_killed_again_and_again_ends_with_the_hash_of_an_unbroken_one(
 
 
 def test_resuming_a_finished_run_changes_nothing_and_says_how_it_is_made_longer(
-    run: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    finished: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = run()
+    folder = finished()
     before = (folder / "public.jsonl").read_bytes()
 
     resume_run(folder)
@@ -166,10 +166,10 @@ def test_resuming_a_finished_run_changes_nothing_and_says_how_it_is_made_longer(
 
 
 def test_a_run_without_its_metrics_is_not_resumed_since_they_hold_its_scores_and_what_it_began_with(
-    run: Callable[..., Path],
+    finished: Callable[..., Path],
 ) -> None:
     """It would compare no rows, forget who had registered, and take the best of the new scores for the run's best."""
-    folder = run("fl.rounds=2")
+    folder = finished("fl.rounds=2")
     rows = {file.name: file.read_bytes() for file in (folder / "rows").iterdir()}
     (folder / "metrics.jsonl").unlink()
 
@@ -191,10 +191,10 @@ def test_a_page_that_was_made_on_demand_is_not_left_behind_by_a_longer_run(run: 
     assert before != after
 
 
-def test_a_changed_log_is_found_out_by_replay(run: Callable[..., Path]) -> None:
+def test_a_changed_log_is_found_out_by_replay(finished: Callable[..., Path]) -> None:
     from fedzo.errors import ProtocolError
 
-    folder = run()
+    folder = finished()
     lines = [json.loads(line) for line in (folder / "public.jsonl").read_text().splitlines()]
     lines[1]["c"][0][0][0] += 1e-3
     (folder / "public.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

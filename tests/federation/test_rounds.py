@@ -111,9 +111,9 @@ def test_identical_clients_equal_one_client_bit_for_bit(run: Run, lines: Lines, 
 
 
 def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
-    run: Run, lines: Lines, overrides: Overrides, tmp_path: Path
+    finished: Run, lines: Lines, overrides: Overrides, tmp_path: Path
 ) -> None:
-    folder = run("fl.rounds=1")
+    folder = finished("fl.rounds=1")
     process = open_run(load(overrides("fl.rounds=1")), tmp_path)
     from fedzo.data.rows import batch_rows
     from fedzo.models.scoring import mean_loss
@@ -186,8 +186,8 @@ def test_the_model_moves_and_lr_0_does_not(run: Run, lines: Lines) -> None:
     assert (rebuild(still, rounds=0).replica.space.digest()) == lines(still, "public.jsonl")[-1]["digest"]
 
 
-def test_the_order_of_replies_changes_nothing(run: Run, lines: Lines) -> None:
-    plain, shuffled = run("fl.local_steps=2"), run("fl.local_steps=2", "faults.shuffle_replies=true")
+def test_the_order_of_replies_changes_nothing(run: Run, finished: Run, lines: Lines) -> None:
+    plain, shuffled = finished("fl.local_steps=2"), run("fl.local_steps=2", "faults.shuffle_replies=true")
 
     assert [line["c"] for line in lines(plain, "public.jsonl")] == [
         line["c"] for line in lines(shuffled, "public.jsonl")
@@ -218,8 +218,8 @@ def test_too_few_replies_end_the_run_with_the_reason_and_keep_the_log(run: Run, 
     assert len(lines(tmp_path / "run0", "public.jsonl")) == 1
 
 
-def test_a_second_run_with_the_same_configuration_gives_the_same_log(run: Run) -> None:
-    first, second = run("fl.local_steps=2"), run("fl.local_steps=2")
+def test_a_second_run_with_the_same_configuration_gives_the_same_log(run: Run, finished: Run) -> None:
+    first, second = finished("fl.local_steps=2"), run("fl.local_steps=2")
 
     assert (first / "public.jsonl").read_bytes() == (second / "public.jsonl").read_bytes()
     assert (first / "audit.jsonl").read_bytes() == (second / "audit.jsonl").read_bytes()
@@ -440,11 +440,11 @@ def test_bytes_are_the_formula(run: Run, lines: Lines) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged(
-    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, bad: float
+    run: Run, finished: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
     from fedzo.fl.client import scalar_update
 
-    healthy = run("fl.rounds=1")
+    healthy = finished("fl.rounds=1")
     calls = iter(range(10**6))
     original = scalar_update.example_losses
     # the first two losses are client 0's two sides
@@ -550,21 +550,8 @@ def a_score(**changes: object) -> str:
 
 @pytest.mark.parametrize(
     "bad",
-    [
-        "not json",
-        "[]",
-        '{"answers": {"metric": "accuracy"}}',
-        '{"lengths": {}}',
-        a_score(numbers={"rows": 1e14}),
-        a_score(metric="token_f1"),
-        a_score(value=1.5),
-        a_score(num_examples=float("inf")),
-        a_score(num_examples=10**400),
-        a_score(per_class={"0": [3, 2]}),
-        a_score(loss=1e7),
-        a_score(loss=500.0),  # far beyond what the other clients measured
-    ],
-    ids=range(12),
+    ["not json", a_score(value=1.5), a_score(loss=500.0)],
+    ids=["no JSON", "out of its measure", "far beyond what the other clients measured"],
 )
 def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: str

@@ -101,6 +101,7 @@ def test_each_site_refuses_by_its_own_limit_and_the_server_learns_a_number(
         18: "min_rows: 8",
         19: "answers: [loss, per_class]",
         23: "max_probes: 1",
+        24: "estimators: [fzoo]",
         20: "",
     }
     numbers = list(cases)  # 13 is left to a unit test, as the package has one stage; 22 is of runs without scalars
@@ -121,7 +122,7 @@ def test_each_site_refuses_by_its_own_limit_and_the_server_learns_a_number(
         assert any(text.startswith(f"client {client}: refusal {number}, ") for text in own), number
     what = "\n".join(text for texts in sites.answers.values() for text in texts)
     assert str(sites.folder) not in what
-    for kept_back in ("secret_task", "lora", "a5a5", "4321", "limits"):
+    for kept_back in ("secret_task", "lora", "fzoo", "a5a5", "4321", "limits"):
         assert kept_back in "\n".join(own), kept_back
         assert kept_back not in what, kept_back
         assert kept_back not in "\n".join(told), kept_back

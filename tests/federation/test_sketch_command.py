@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedzo.cli import main
+from fedzo.commands.sketch import _part_of
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.sketched.folder import read_manifest
@@ -23,26 +24,31 @@ from fedzo.testing.tiny_models import tiny_loaded
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("\n".join(f"The {i} quick brown foxes jump over {i * i} lazy dogs." for i in range(60)))
-    return file
+    return write_text(tmp_path)
 
 
 @pytest.fixture
 def ask(tiny_model_dir: Path, text: Path, tmp_path: Path) -> list[str]:
-    out, model = tmp_path / "sk4", tiny_model_dir
-    return [
-        "sketch",
-        "--out",
-        str(out),
-        "--calibration",
-        str(text),
-        "--tokens",
-        "32",
-        "--windows",
-        "6",
-        f"model={model}",
-    ]
+    return command(tiny_model_dir, text, tmp_path / "sk4")
+
+
+@pytest.fixture(scope="module")
+def built(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sketch as the command of ``ask`` builds it, for tests that leave it as it is."""
+    folder = tmp_path_factory.mktemp("built")
+    assert main(command(tiny_model_dir, write_text(folder), folder / "sk4")) == 0
+    return folder / "sk4"
+
+
+def write_text(folder: Path) -> Path:
+    file = folder / "text.txt"
+    file.write_text("\n".join(f"The {i} quick brown foxes jump over {i * i} lazy dogs." for i in range(60)))
+    return file
+
+
+def command(model: Path, text: Path, out: Path) -> list[str]:
+    sizes = ["--tokens", "32", "--windows", "6"]
+    return ["sketch", "--out", str(out), "--calibration", str(text), *sizes, f"model={model}"]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -141,6 +147,18 @@ def test_a_build_goes_on_only_with_what_it_began_with(
     assert "sk4' must not exist, but does" in capsys.readouterr().err
 
 
+def test_the_folder_of_a_build_that_is_empty_at_its_end_goes_with_its_lock(tmp_path: Path) -> None:
+    """NFS keeps a name for a file that is open, so a folder with a lock cannot be removed before."""
+    with _part_of(tmp_path / "sk4") as part:
+        for file in part.iterdir():
+            file.unlink()
+    assert not list(tmp_path.iterdir())
+
+    with _part_of(tmp_path / "sk4") as part:
+        (part / "recipe.json").touch()
+    assert (part / "recipe.json").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -183,12 +201,8 @@ def test_calibration_that_is_empty_or_too_short_is_told_with_what_there_is(
     assert re.search(expected, capsys.readouterr().err)
 
 
-def test_a_sketch_is_not_sketched_again(ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(ask) == 0
-    capsys.readouterr()
-
-    again = [str(tmp_path / "sk5") if each == str(tmp_path / "sk4") else each for each in ask[:-1]]
-    assert main([*again, f"model={tmp_path / 'sk4'}"]) == 2
+def test_a_sketch_is_not_sketched_again(built: Path, ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ask[:-1], f"model={built}"]) == 2
 
     assert "must be dense, but is a sketch already (14 layers" in capsys.readouterr().err
 
@@ -206,10 +220,8 @@ def test_weights_that_are_stored_packed_are_not_sketched(
     assert not (tmp_path / "sk4.part").exists()
 
 
-def test_the_recipe_is_json_that_people_can_read(ask: list[str], tmp_path: Path) -> None:
-    assert main(ask) == 0
-
-    said = json.loads((tmp_path / "sk4" / "sketch.json").read_text())
+def test_the_recipe_is_json_that_people_can_read(built: Path) -> None:
+    said = json.loads((built / "sketch.json").read_text())
 
     assert said["recipe"]["source"] == "tiny"
     assert said["recipe"]["bits"] == 4
@@ -242,14 +254,13 @@ def test_options_of_a_build_are_refused_where_nothing_is_built(
 
 
 def test_a_sketch_goes_to_leanquants_layout_and_back(
-    ask: list[str], tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout, again = tmp_path / "layout.safetensors", tmp_path / "again"
-    assert main(ask) == 0
 
-    assert main(["sketch", "--export", str(tmp_path / "absent" / "f"), f"model={tmp_path / 'sk4'}"]) == 1
+    assert main(["sketch", "--export", str(tmp_path / "absent" / "f"), f"model={built}"]) == 1
     assert "'No such file or directory'. Make room or choose another place." in capsys.readouterr().err
-    assert main(["sketch", "--export", str(layout), f"model={tmp_path / 'sk4'}"]) == 0
+    assert main(["sketch", "--export", str(layout), f"model={built}"]) == 0
     begun = tmp_path / "begun.part"
     begun.mkdir()
     (begun / "recipe.json").write_text("of a build that was killed")
@@ -258,10 +269,10 @@ def test_a_sketch_goes_to_leanquants_layout_and_back(
     assert main(["sketch", "--import", str(layout), "--out", str(again), f"model={tiny_model_dir}"]) == 0
 
     assert "layout.safetensors: 14 layers" in capsys.readouterr().out
-    assert (again / "model.safetensors").read_bytes() == (tmp_path / "sk4" / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == (built / "model.safetensors").read_bytes()
     dense = load_model(ModelConfig(name=str(tiny_model_dir)))
     assert read_manifest(again / "sketch.json").source_digest == dense.base_digest
-    assert "source_digest" not in json.loads((tmp_path / "sk4" / "sketch.json").read_text())
-    assert load_model(ModelConfig(name=str(again))).base_digest == load_model(ModelConfig(name=ask[2])).base_digest
+    assert "source_digest" not in json.loads((built / "sketch.json").read_text())
+    assert load_model(ModelConfig(name=str(again))).base_digest == load_model(ModelConfig(name=str(built))).base_digest
     assert main(["sketch", "--import", str(layout), f"model={tiny_model_dir}"]) == 2
     assert "needs --out DIR with --calibration FILE or with --import FILE" in capsys.readouterr().err

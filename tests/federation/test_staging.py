@@ -33,10 +33,10 @@ def test_what_a_stage_made_is_found_by_the_next_run_counted_and_proved_on_resume
     fedzo: Fedzo, overrides: Callable[..., list[str]], lines: Lines, tmp_path: Path
 ) -> None:
     """One command after another in one working folder."""
-    command = ["train", *overrides(*STAGE, "report.html=true")]
+    command = ["train", *overrides(*STAGE)]
     first, second = tmp_path / "first", tmp_path / "second"
 
-    code, said = fedzo(*command, "preprocess.marks.seconds=0.02", f"hydra.run.dir={first}")
+    code, said = fedzo(*command, "report.html=true", "preprocess.marks.seconds=0.02", f"hydra.run.dir={first}")
     assert code == 0, said
     kept = tmp_path / "rephrase" / "marks.jsonl"
     setup, *_ = lines(first, "metrics.jsonl")
@@ -84,15 +84,15 @@ def test_a_stage_that_needs_a_rewriter_says_which_key_to_set_before_any_work(
 def test_clients_whose_stages_take_longer_than_startup_s_take_part_and_status_shows_them(
     overrides: Callable[..., list[str]], lines: Lines, tmp_path: Path
 ) -> None:
-    """Processes of their own; six training rows of each of two clients take 8 s each."""
+    """Processes of their own; four training rows of each of two clients take 8 s each."""
     (tmp_path / "data").mkdir()
     for client in range(2):
-        rows = [{"text": f"site {client} says {['bad', 'good'][i % 2]} {i}", "label": i % 2} for i in range(6)]
+        rows = [{"text": f"site {client} says {['bad', 'good'][i % 2]} {i}", "label": i % 2} for i in range(4)]
         (tmp_path / "data" / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows_of_each = f"data.path='{tmp_path}/data/{{client}}.jsonl'"
     settings = [
         *("partition=own", "partition.holdout=0", "trainer.calibration=imdb", "evaluation.central=false", rows_of_each),
-        *("fl.num_clients=2", "runtime=local", "strategy.startup_s=40", "preprocess.marks.seconds=8"),
+        *("fl.num_clients=2", "runtime=local", "strategy.startup_s=30", "preprocess.marks.seconds=8"),
     ]
     path = os.pathsep.join([str(PACKAGE), *sys.path])
     run = tmp_path / "run"
@@ -117,6 +117,6 @@ def test_clients_whose_stages_take_longer_than_startup_s_take_part_and_status_sh
 
     setup, *_ = lines(run, "metrics.jsonl")
     assert shown
-    assert setup["seconds"] > 6 * 8 > 40
-    assert "preparing: preparing, 3 of 6 rows" in seen
+    assert setup["seconds"] > 4 * 8 > 30
+    assert "preparing: preparing, 2 of 4 rows" in seen
     assert lines(run, "public.jsonl")[0]["attendance"] == [0, 1]

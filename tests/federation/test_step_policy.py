@@ -58,9 +58,9 @@ def decisions(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_a_killed_and_resumed_run_decides_and_ends_as_an_unbroken_one(
-    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, settings: list[str], tmp_path: Path
+    run: Run, finished: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, settings: list[str], tmp_path: Path
 ) -> None:
-    unbroken = run(*COMMON, *settings)
+    unbroken, broken = finished(*COMMON, *settings), tmp_path / "run0"
     commits = Server._commit
 
     def dying(self: Server, record: Any, *rest: Any, **kwargs: Any) -> None:
@@ -74,7 +74,6 @@ def test_a_killed_and_resumed_run_decides_and_ends_as_an_unbroken_one(
     at = 0
     with pytest.raises(Killed):
         run(*COMMON, *settings)
-    broken = max(tmp_path.glob("run*"), key=lambda folder: int(folder.name[3:]))
     for at in range(1, 4):  # noqa: B007 - read by dying
         with pytest.raises(Killed):
             resume_run(broken)
@@ -128,8 +127,10 @@ def test_calibration_scalars_are_those_of_a_run_whose_first_round_has_as_many_st
         assert ours == theirs
 
 
-def test_a_clients_path_of_the_calibration_and_of_a_later_round_is_rebuilt_and_proved(run: Run, lines: Lines) -> None:
-    folder = run(*COMMON, *KINDS["vpcs"])
+def test_a_clients_path_of_the_calibration_and_of_a_later_round_is_rebuilt_and_proved(
+    finished: Run, lines: Lines
+) -> None:
+    folder = finished(*COMMON, *KINDS["vpcs"])
 
     first = replay_client(folder, client=3, round=0)
 

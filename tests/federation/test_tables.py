@@ -286,13 +286,13 @@ def test_a_run_goes_on_from_an_exported_sketch(moved: Path, run: Run, tmp_path: 
 
 
 def test_other_places_and_runs_are_refused_for_tables_and_dense_models(
-    moved: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    moved: Path, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = tmp_path / "there"
     there.mkdir()
     assert main(["export", str(moved), str(there), "--tables"]) != 0
     assert "OUT must be a new file, got" in capsys.readouterr().err
-    dense = run("fl.rounds=1")
+    dense = finished("fl.rounds=1")
     for form in ("tables", "dense"):
         assert main(["export", str(dense), str(tmp_path / "out"), f"--{form}"]) != 0
         assert f"--{form} must be given for a run that trained the tables of a sketch" in capsys.readouterr().err

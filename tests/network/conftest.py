@@ -287,6 +287,12 @@ class Federation:
                 site.check()
 
 
+@pytest.fixture(name="wait_for")
+def given_wait_for() -> Callable[..., None]:
+    """``wait_for`` for tests, which cannot import it from here."""
+    return wait_for
+
+
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Callable[..., Federation]]:
     """Starts a server with registered sites, none of them up; all of it ends with the test."""

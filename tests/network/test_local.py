@@ -27,6 +27,7 @@ from fedzo.runtime.net import launch, server_process
 from fedzo.runtime.net.daemons import CONNECTED, STARTED
 
 Play = Callable[..., dict[str, Any]]
+Wait = Callable[..., None]
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 
@@ -49,7 +50,7 @@ def play_local(toy: ModuleType, tmp_path: Path, programs: None) -> Play:
 
 
 def test_local_gives_the_values_of_inline_with_warm_clients_and_leaves_no_process(
-    play_local: Play, play_inline: Play, tmp_path: Path
+    play_local: Play, play_inline: Play, wait_for: Wait, tmp_path: Path
 ) -> None:
     """Also where the SuperLink is killed before the last round: it is started again, and no answer is lost."""
     local = play_local(rounds=4, kills="daemons superlink", kills_in=3)
@@ -64,14 +65,16 @@ def test_local_gives_the_values_of_inline_with_warm_clients_and_leaves_no_proces
     assert [[answer["used"] for answer in answers] for answers in local["by"]] == [[1, 1], [2, 2], [3, 3], [4, 4]]
     assert len({answer["pid"] for answers in local["by"] for answer in answers}) == 2
     assert min(local["seconds"]) < 6.0  # stock Flower: 12 s
-    _assert_gone(descendants)
+    _assert_gone(descendants, wait_for)
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {
         "superlink.log", "supernode-0.log", "supernode-1.log", "executor-0.log", "executor-1.log",
     }  # fmt: skip
     assert not (tmp_path / "network").exists()  # keys and secrets of the run
 
 
-def test_what_fails_costs_its_answer_and_no_more_until_the_server_fails(play_local: Play, tmp_path: Path) -> None:
+def test_what_fails_costs_its_answer_and_no_more_until_the_server_fails(
+    play_local: Play, wait_for: Wait, tmp_path: Path
+) -> None:
     """A client that fails and one that hangs; both again; a killed SuperNode; then the server's own error."""
     with pytest.raises(ProtocolError, match="the server fails on purpose"):
         play_local(
@@ -97,14 +100,16 @@ def test_what_fails_costs_its_answer_and_no_more_until_the_server_fails(play_loc
     assert result["answers"] == [0, 2, 1]
     assert [answer["used"] for answer in result["by"][1]] == [1, 1]  # the second in a new process
     assert [answer["used"] for answer in result["by"][2]] == [2]  # of client 0
-    _assert_gone(_descendants(tmp_path))
+    _assert_gone(_descendants(tmp_path), wait_for)
 
 
-def test_superlink_whose_database_is_locked_costs_time_and_nothing_else(play_local: Play, tmp_path: Path) -> None:
+def test_superlink_whose_database_is_locked_costs_time_and_nothing_else(
+    play_local: Play, wait_for: Wait, tmp_path: Path
+) -> None:
     """SQLite gives up after 5 s; a backup, a slow disk or hundreds of nodes keep it for longer."""
 
     def lock() -> None:
-        _wait_for((tmp_path / "descendants.json").exists, seconds=90)
+        wait_for((tmp_path / "descendants.json").exists, seconds=90)
         with closing(sqlite3.connect(tmp_path / "network" / "server" / "superlink.db", timeout=30.0)) as database:
             database.execute("BEGIN IMMEDIATE")
             time.sleep(9.0)
@@ -121,7 +126,7 @@ def test_superlink_whose_database_is_locked_costs_time_and_nothing_else(play_loc
     assert "database is locked" in (tmp_path / "logs" / "superlink.log").read_text()
     for index in range(2):
         assert (tmp_path / "logs" / f"supernode-{index}.log").read_text().count("connected as node") == 1
-    _assert_gone(_descendants(tmp_path))
+    _assert_gone(_descendants(tmp_path), wait_for)
 
 
 @pytest.mark.usefixtures("programs")
@@ -136,20 +141,22 @@ def test_executor_that_cannot_start_ends_the_run_with_the_end_of_its_log(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_outlives_a_run_that_is_stopped(toy: ModuleType, tmp_path: Path, number: signal.Signals) -> None:
+def test_nothing_outlives_a_run_that_is_stopped(
+    toy: ModuleType, wait_for: Wait, tmp_path: Path, number: signal.Signals
+) -> None:
     (tmp_path / "toy.json").write_text(toy.config_json(waits_s=100.0))
     command = [sys.executable, str(HERE / "toy_run.py"), str(tmp_path), "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are deaf to it
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, preexec_fn=listens) as run:
-        _wait_for(lambda: (tmp_path / "descendants.json").exists() and bool(_descendants(tmp_path)), seconds=90)
+        wait_for(lambda: (tmp_path / "descendants.json").exists() and bool(_descendants(tmp_path)), seconds=90)
         descendants = _descendants(tmp_path)
         assert len(descendants) == 6
 
         run.send_signal(number)
         run.wait(120)  # two graces for processes that do not listen, and Flower's own; the clients would wait for 100 s
 
-    _assert_gone(descendants)
+    _assert_gone(descendants, wait_for)
 
 
 def _descendants(run_dir: Path) -> set[int]:
@@ -157,9 +164,9 @@ def _descendants(run_dir: Path) -> set[int]:
     return {int(pid) for pid in json.loads(text or "{}")}
 
 
-def _assert_gone(pids: set[int]) -> None:
+def _assert_gone(pids: set[int], wait_for: Wait) -> None:
     assert pids
-    _wait_for(lambda: not any(map(_runs, pids)), seconds=60)
+    wait_for(lambda: not any(map(_runs, pids)), seconds=60)
 
 
 def _runs(pid: int) -> bool:
@@ -167,10 +174,3 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _wait_for(ready: Callable[[], bool], *, seconds: float) -> None:
-    ends = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < ends
-        time.sleep(0.1)

@@ -109,14 +109,9 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         made.end_all()
 
 
-def wait_for(ready: Callable[[], object], *, seconds: float = 120.0) -> None:
-    ends = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < ends
-        time.sleep(0.2)
-
-
-def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Machine) -> None:
+def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(
+    machine: Machine, wait_for: Callable[..., None]
+) -> None:
     public, control = (str(port) for port in free_ports(2))
     save_tiny_model(machine.folder / "model", "llama")
 

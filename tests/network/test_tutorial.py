@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -148,7 +147,7 @@ def test_the_page_installs_the_versions_that_the_tests_pass_with() -> None:
 
 @pytest.mark.net
 @pytest.mark.timeout(900)
-def test_the_page_says_what_happens(walk: Walk, tmp_path: Path) -> None:
+def test_the_page_says_what_happens(walk: Walk, wait_for: Callable[..., None], tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", "llama")
     for machine in ("hospital", "clinic", "server"):
         (tmp_path / machine).mkdir()
@@ -167,14 +166,14 @@ def test_the_page_says_what_happens(walk: Walk, tmp_path: Path) -> None:
             if machine == where and " ".join(words).startswith(begins):
                 shutil.copyfile(tmp_path / source, tmp_path / target)
         if words == ["status", "runs/first"] or words[0] == "stop":
-            _wait_for(lambda: log.exists() and log.read_text().count("\n") > 2, what=said)
+            wait_for(lambda: log.exists() and log.read_text().count("\n") > 2, what=said)
         said = walk.type(machine, words)
         for line in map(walk.here, answer):
-            _until_said(line, said)
+            _until_said(line, said, wait_for)
         if words[:2] == ["client", "init"]:
             _edit_site(tmp_path / machine / "site", name=machine)
     stopped = log.read_text().count("\n")
-    _wait_for(lambda: log.read_text().count("\n") > stopped + 1, what=said)  # the last command resumed the run
+    wait_for(lambda: log.read_text().count("\n") > stopped + 1, what=said)  # the last command resumed the run
 
 
 def _edit_site(folder: Path, *, name: str) -> None:
@@ -186,17 +185,10 @@ def _edit_site(folder: Path, *, name: str) -> None:
     (folder / "site.yaml").write_text(json.dumps(told | tiny))
 
 
-def _until_said(line: str, said: Callable[[], str]) -> None:
+def _until_said(line: str, said: Callable[[], str], wait_for: Callable[..., None]) -> None:
     wanted = re.compile(pattern(line))
 
     def is_there() -> bool:
         return any(wanted.fullmatch(re.sub(r"\s+", " ", each).strip()) for each in said().splitlines())
 
-    _wait_for(is_there, what=lambda: f"{line}\n--- is not in:\n{said()}")
-
-
-def _wait_for(ready: Callable[[], bool], *, what: Callable[[], str]) -> None:
-    ends = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < ends, what()
-        time.sleep(0.2)
+    wait_for(is_there, what=lambda: f"{line}\n--- is not in:\n{said()}")

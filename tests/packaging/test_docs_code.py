@@ -29,6 +29,7 @@ PUBLIC = {
     "fedzo.fl.exchange": "Grid",
     "fedzo.fl.server.step_policy": "Plan STEP_POLICIES StepPolicyConfig StepPolicyTraits",
     "fedzo.fl.server.step_policy.plan": "EarlyStop EarlyStopConfig Verdict",
+    "fedzo.models.generate": "answer_ends generate",
     "fedzo.models.loaded": "LoadedModel",
     "fedzo.models.scoring": "mean_loss",
     "fedzo.report.trackers": "TRACKERS TrackerConfig",
@@ -36,22 +37,24 @@ PUBLIC = {
     "fedzo.runtime.config": "RUNTIMES RuntimeConfig RuntimeTraits",
     "fedzo.runtime.inline": "run_inline",
     "fedzo.testing": "check_estimator check_evaluator check_partition check_server_optimizer check_space check_stage "
-    "check_trainer",
+    "check_step_policy check_trainer",
+    "fedzo.testing.logs": "audit_line",
     "fedzo.testing.tiny_models": "tiny_loaded",
     "fedzo.trainers": "Built InputsConfig Prepared TRAINERS TrainerConfig TrainerContext TrainerTraits",
     "fedzo.trainers.artifacts": "Artifact",
     "fedzo.zo.config": "Distribution",
-    "fedzo.zo.directions": "SHARED add_direction",
-    "fedzo.zo.estimator": "ESTIMATORS EstimatorConfig EstimatorTraits Fzoo GradientEstimator LossFn OneSided "
+    "fedzo.zo.directions": "SHARED add_direction direction gaussians permutation philox_words stream_key",
+    "fedzo.zo.estimator": "Baseline ESTIMATORS EstimatorConfig EstimatorTraits Fzoo GradientEstimator LossFn OneSided "
     "Projection TwoPoint ZerothOrderConfig projections",
     "fedzo.zo.keys": "step_keys",
     "fedzo.zo.log": "ScalarRecord",
     "fedzo.zo.server_optimizer": "SERVER_OPTIMIZERS ServerOptimizerConfig ServerOptimizerTraits build_server_optimizer "
-    "decay round_direction step_along",
-    "fedzo.zo.spaces.base": "Space Values",
+    "decay end_models norm round_direction step_along",
+    "fedzo.zo.spaces.base": "MasterSpace Space Values",
     "fedzo.zo.spaces.dense": "DenseSpace",
     "fedzo.zo.spaces.full": "FullSpace",
     "fedzo.zo.spaces.masked": "MaskedSpace",
+    "fedzo.zo.steps": "Drift",
 }
 """What the pages import and the how-to guides name, by module: a version that changes one of them says so."""
 USE_TRAINER = """
@@ -97,6 +100,45 @@ record = ScalarRecord(round=0, lr=0.5, owners=(SHARED,), coefficients=np.full((1
 rule.apply(space, np.zeros((0, 4), np.float32), record, run_seed=3)
 assert (space.theta == 0.75 - 0.5 * np.sign(direction(stream_key(3, round=0), 4))).all()
 """
+USE_SPACE = """
+from fedzo.testing import check_space
+from fedzo.zo.directions import direction
+
+
+def network(dtype):
+    torch.manual_seed(3)
+    return nn.Linear(6, 4).requires_grad_(False).to(dtype)
+
+
+x, d, z = torch.linspace(-1, 1, 18).reshape(3, 6), *(torch.from_numpy(direction(i, 24)).reshape(4, 6) for i in (1, 7))
+for dtype in (torch.float32, torch.bfloat16):
+    for law in Distribution:
+        check_space(
+            lambda model: Scaled(model.weight, d, law),
+            lambda: network(dtype),
+            outputs=lambda model: model(x.to(dtype)),
+            distribution=law,
+        )
+model = network(torch.float32)
+start = model.weight.clone()
+Scaled(model.weight, d, Distribution.gaussian).step(0.5, 7)
+assert torch.equal(model.weight, start - d * (0.5 * z))
+"""
+USE_POLICY = """
+from fedzo.config.plugins import plugin_classes
+from fedzo.testing.logs import audit_line
+
+assert plugin_classes()["step_policy"]["quiet"] is QuietConfig
+policy = STEP_POLICIES.build(QuietConfig(), num_clients=3, local_steps=4, run_seed=0)
+g = {0: [[2.0], [-1.0]], 1: [[0.0], [0.0]], 2: [[0.0], [0.1]]}
+lost = {1: [[True], [True]], 2: [[True], [False]]}
+plan = policy.plan([audit_line(g, dropped=lost)], {})
+assert plan.flagged == [2], plan  # 0.1 is below a quarter of the median, 0.8; of client 1 nothing is known
+assert plan.verdicts[0].statistics == {"abs_g": 1.5}
+assert plan.steps == {0: 4, 1: 4, 2: 1}
+nothing = policy.plan([audit_line({0: [[0.0]]}, dropped={0: [[True]]})], {})
+assert nothing.steps == {0: 4, 1: 4, 2: 4}
+"""
 
 
 def code(page: str, language: str, *, number: int = 0) -> str:
@@ -126,6 +168,20 @@ def test_estimator_and_rule_of_the_how_to_are_working_plugins(tmp_path: Path) ->
     done = subprocess.run([sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
+
+
+def test_space_and_step_policy_of_the_how_tos_do_what_their_pages_say(tmp_path: Path) -> None:
+    programs = {
+        "space.py": code("how-to-add-a-trainer.md", "python", number=1) + USE_SPACE,
+        "policy.py": code("how-to-add-a-plugin.md", "python", number=3) + USE_POLICY,
+    }
+    for name, text in programs.items():
+        program = tmp_path / name
+        program.write_text(text, encoding="utf-8")
+
+        done = subprocess.run([sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+        assert done.returncode == 0, done.stderr
 
 
 def test_loop_of_the_how_to_learns_and_its_scalars_make_the_same_bits(tmp_path: Path) -> None:
@@ -172,6 +228,7 @@ def test_plugins_of_the_how_tos_pass_the_checks_as_their_page_calls_them(tmp_pat
         "nats": ("how-to-own-task.md", 0),
         "by_length": ("how-to-add-a-plugin.md", 0),
         "squeeze": ("how-to-add-a-plugin.md", 1),
+        "quiet": ("how-to-add-a-plugin.md", 3),
     }
     for name, (page, number) in blocks.items():
         (package / f"{name}.py").write_text(code(page, "python", number=number), encoding="utf-8")
@@ -187,7 +244,7 @@ def test_plugins_of_the_how_tos_pass_the_checks_as_their_page_calls_them(tmp_pat
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 passed" in done.stdout
+    assert "9 passed" in done.stdout
 
 
 def test_task_of_the_how_to_composes(tmp_path: Path) -> None:
@@ -237,6 +294,61 @@ def test_rows_that_list_their_candidates_fit_the_command_line_of_the_how_to(tmp_
 
     assert rendered.prompt == "Question: Which gas do plants take in? Answer:"
     assert (rendered.label, rendered.answers) == (1, (" oxygen", " carbon dioxide", " helium", " neon"))
+
+
+def test_the_conversation_of_the_how_to_fits_its_command_line(tmp_path: Path) -> None:
+    from fedzo.config.load import load
+    from fedzo.data.tasks import render
+
+    page = (ROOT / "docs" / "how-to-own-task.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("## Conversations")
+    row, command = re.findall(r"^```\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[:2]
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text(row, encoding="utf-8")
+
+    words = shlex.split(command.replace("chats.jsonl", str(rows)).replace("FOLDER", str(tmp_path)))
+    rendered = render(json.loads(row), load(words[2:]).task)
+
+    assert [turn["role"] for turn in rendered.chat] == ["system", "user", "assistant", "user"]
+    assert (rendered.system, rendered.answers) == ("Answer in one sentence.", ("Oxygen.",))
+
+
+def test_the_command_line_of_the_how_to_trains_on_token_f1(tmp_path: Path) -> None:
+    from fedzo.config.load import load
+
+    page = (ROOT / "docs" / "how-to-own-task.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("## Train on a score")
+    (command, *_) = re.findall(r"^```\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
+    rows = tmp_path / "questions.jsonl"
+    rows.write_text("{}", encoding="utf-8")
+
+    config = load(shlex.split(command.replace("questions.jsonl", str(rows)))[2:])
+
+    assert (config.task.kind, config.task.loss, [*config.evaluators]) == ("generation", "score", ["answers"])
+
+
+def test_commands_of_the_pages_hold_nothing_that_zsh_reads_otherwise_than_bash() -> None:
+    """Brackets without quotes are a pattern there, and at its prompt there are no comments."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    pages += (ROOT / "experiments").rglob("README.md")
+    fence = re.compile(r"^ *```([^\n]*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+    lines = [
+        line
+        for page in pages
+        for language, block in fence.findall(page.read_text(encoding="utf-8"))
+        if language in ("", "text")
+        for line in block.splitlines()
+    ]
+
+    assert any(line.startswith("fedzo train") for line in lines)
+    assert [line for line in lines if "=[" in re.sub(r"'[^']*'|\"[^\"]*\"", "", line)] == []
+    assert [line for line in lines if re.search(r"# .*['`]", line)] == []
+
+
+def test_the_pages_that_come_first_say_for_which_shell_all_commands_are() -> None:
+    for page in ("README.md", "docs/index.md", "docs/tutorial-first-run.md"):
+        words = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert "All commands are for bash: on macOS, call `bash` first." in words, page
 
 
 def test_the_paper_s_tests_of_the_how_to_know_no_limit_on_the_share_of_flagged_clients() -> None:

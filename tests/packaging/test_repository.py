@@ -136,6 +136,13 @@ def test_tests_of_a_mark_stand_in_the_folders_in_which_the_gate_looks_for_them(m
     assert holding == {*looked[1].split()}
 
 
+def test_the_gate_takes_the_python_of_its_environment_and_no_other() -> None:
+    """A Python of another version could not load what is installed there."""
+    gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+    assert re.findall(r"(?<![\w/.])python[\d.]* .*", gate) == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_local_link_leads_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

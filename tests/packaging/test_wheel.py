@@ -48,7 +48,7 @@ def test_source_archive_holds_what_the_wheel_is_made_of_and_nothing_that_needs_t
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/")[1] for name in archive.getnames()}
 
-    files = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    files = {"README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "pyproject.toml", "PKG-INFO", ".gitignore"}
     assert names == {"fedzo", "conf", "clients", "server", *files}
 
 

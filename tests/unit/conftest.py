@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -40,10 +41,13 @@ class CpuLaunch:
         self.launched.append(name)
         options = tuple(f"-D{key.upper()}={int(value)}" for key, value in variant._asdict().items())
         if options not in self._libraries:
-            library = self._folder / f"{len(self._libraries)}.so"
-            command = ["g++", "-O1", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", *options, "-I"]
-            command += [str(Path(fedzo.zo.__file__).parent), "-o", str(library), str(HERE / "cuda_on_cpu.cpp")]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            library = self._folder / f"{''.join(options)}.so"
+            if not library.exists():
+                part = library.with_suffix(f".{os.getpid()}")  # another worker may be at it, too
+                command = ["g++", "-O1", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", *options, "-I"]
+                command += [str(Path(fedzo.zo.__file__).parent), "-o", str(part), str(HERE / "cuda_on_cpu.cpp")]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                part.rename(library)
             self._libraries[options] = ctypes.CDLL(str(library))
         run = partial(getattr(self._libraries[options], f"run_{name}"), ctypes.byref(arguments), blocks)
         run()
@@ -125,7 +129,10 @@ class Address:
 def cpu_launch(tmp_path_factory: pytest.TempPathFactory) -> CpuLaunch:
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler to run the CUDA kernels with")
-    return CpuLaunch(tmp_path_factory.mktemp("kernels"))
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"  # for all workers of a session
+    folder.mkdir(exist_ok=True)
+    return CpuLaunch(folder)
 
 
 @pytest.fixture(params=[1 << 18, 100 << 10], ids=["shared", "global"])

@@ -29,7 +29,8 @@ from fedzo.system import (
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to CPUs")
-def test_only_the_cpus_that_a_process_may_run_on_count() -> None:
+def test_only_the_cpus_that_a_process_may_run_on_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(system, "OWN_CGROUP", tmp_path / "none")
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
@@ -37,6 +38,30 @@ def test_only_the_cpus_that_a_process_may_run_on_count() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert usable_cpus() == len(before)
+
+
+def test_a_quota_of_cpu_time_counts_as_the_cpus_that_it_is_worth(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A container's (``docker run --cpus``) or a unit's (``CPUQuota=``): its processes may run on any CPU."""
+    run = tmp_path / "cgroup" / "site" / "run"
+    run.mkdir(parents=True)
+    (tmp_path / "own").write_text("4:cpu:/other\n0::/site/run\n")
+    monkeypatch.setattr(system, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(system, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(64)}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert usable_cpus() == 64
+
+    (run / "cpu.max").write_text("max 100000\n")
+    assert usable_cpus() == 64
+    (run.parent / "cpu.max").write_text("150000 100000\n")
+    assert (usable_cpus(), default_threads(), share_of_cpus(1)["OMP_NUM_THREADS"]) == (2, 2, "2")
+    (run.parents[1] / "cpu.max").write_text("20000 50000\n")  # a container sees its own group at the root
+    assert usable_cpus() == 1
+    (run.parents[1] / "cpu.max").write_text("max 50000\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
+    assert usable_cpus() == 1
 
 
 @pytest.mark.parametrize(("said", "threads"), [("3", 3), ("4,2", 4), ("0", None), ("many", None), ("", None)])
@@ -62,14 +87,17 @@ def test_local_clients_share_the_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert share_of_cpus(4 * cpus)["OMP_NUM_THREADS"] == "5"
 
 
+IMPORTS = """
+import datasets, peft, transformers
+from transformers import TorchAoConfig
+import fedzo.models.source
+"""
 LISTENING = """
 import logging, sys
 from fedzo.system import quiet_libraries
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s %(levelname)s")
 quiet_libraries()
-import datasets, peft, transformers
-from transformers import TorchAoConfig
-import fedzo.models.source
+{imports}
 libraries = ("torchao.x", "transformers.x", "datasets.x", "tensorboard", "torch.utils._pytree")
 for name in (*libraries, "plugin", "fedzo.x", "flwr"):
     logging.getLogger(name).warning("w")
@@ -77,17 +105,21 @@ for name in (*libraries, "plugin", "fedzo.x", "flwr"):
 """
 
 
-def said_by(**environment: str) -> list[str]:
+def said_by(imports: str, **environment: str) -> list[str]:
     """Lines that a fresh process writes to its error output."""
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
     done = subprocess.run(
-        [sys.executable, "-c", LISTENING], env={**inherited, **environment}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LISTENING.format(imports=imports)],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stderr.splitlines()
 
 
 def test_of_libraries_errors_alone_are_heard_and_of_all_others_warnings_too() -> None:
-    said = said_by()
+    said = said_by(IMPORTS)
 
     assert [line for line in said if "WARNING" in line] == ["plugin WARNING", "fedzo.x WARNING", "flwr WARNING"]
     assert {"torchao.x ERROR", "datasets.x ERROR", "plugin ERROR", "fedzo.x ERROR"} <= set(said)
@@ -95,7 +127,7 @@ def test_of_libraries_errors_alone_are_heard_and_of_all_others_warnings_too() ->
 
 
 def test_a_librarys_own_variable_brings_its_warnings_back() -> None:
-    said = said_by(DATASETS_VERBOSITY="warning")
+    said = said_by("import datasets", DATASETS_VERBOSITY="warning")
 
     assert "datasets.x WARNING" in said
     assert "torchao.x WARNING" not in said

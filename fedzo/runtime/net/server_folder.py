@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fedzo.errors import ConfigError, FolderInUseError, shell
-from fedzo.records.decode import decode_json, encode, to_json
+from fedzo.records.decode import decode_json, to_json
 from fedzo.records.fields import Length, Within
 from fedzo.records.folder import is_locked, lock_file, make_folder, open_file, raised_as, replace_file
 from fedzo.runtime.net.addresses import Address, is_loopback, split_address
@@ -185,7 +184,7 @@ class ServerFolder:
             ) from error
         try:
             os.truncate(opened, 0)
-            os.write(opened, json.dumps(encode(Serving(run=run_dir, pid=os.getpid()))).encode())
+            os.write(opened, to_json(Serving(run=run_dir, pid=os.getpid())).encode())
             yield
         finally:
             os.close(opened)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedzo import errors
 from fedzo.errors import FedzoError, ProtocolError, RunFolderError, shell
-from fedzo.records.decode import encode, read_record
+from fedzo.records.decode import read_record, to_json
 from fedzo.records.folder import make_folder, open_file, replace_file
 from fedzo.records.presence import OUTCOME, Outcome
 from fedzo.runtime.net.launch import environment
@@ -36,7 +36,7 @@ def write_outcome(run_dir: Path, error: BaseException) -> int:
     known = next((name for name in kinds if name in _KINDS), kinds[0])  # the nearest that the other process knows
     outcome = Outcome(error=known, text=str(error)[: 1 << 20])
     try:
-        replace_file(run_dir / OUTCOME, json.dumps(encode(outcome)))
+        replace_file(run_dir / OUTCOME, to_json(outcome))
     except OSError:
         return UNWRITABLE
     return FAILED

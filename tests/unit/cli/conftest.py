@@ -25,16 +25,9 @@ DIVERGES, INTERRUPTED, BUG, REFUSED = 5, 6, 7, 8
 
 
 @pytest.fixture(autouse=True)
-def hydra_and_logging_are_left_clear() -> Iterator[None]:
-    root, flwr = logging.getLogger(), logging.getLogger("flwr")
-    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in (root, flwr)]
-
+def hydra_is_left_clear() -> Iterator[None]:
     yield
 
-    for logger, handlers, level, propagate in before:
-        for handler in set(logger.handlers) - set(handlers):
-            handler.close()
-        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
     assert not GlobalHydra.instance().is_initialized()
     assert HydraConfig.instance().cfg is None
     assert "HYDRA_FULL_ERROR" not in os.environ

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -385,6 +386,20 @@ def test_windows_is_told_where_fedzo_runs_before_anything_is_imported_that_it_la
     assert done.stderr == "fedzo: it must run on a POSIX system, got Windows. Install it in WSL2.\n"
 
 
+def test_a_user_who_can_keep_no_compiled_kernels_is_told_where_to_have_them_kept() -> None:
+    """As where site-packages is read-only and the user has no home; here Numba is to keep them in an archive."""
+    own = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}
+    command = [sys.executable, "-m", "fedzo", "doctor"]
+
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("fedzo doctor: compiled kernels must be kept somewhere")
+    assert told.endswith("Set NUMBA_CACHE_DIR to one.")
+
+
 def test_settings_are_read_checked_and_listed_without_the_libraries_that_only_a_model_or_its_rows_need() -> None:
     code = (
         "import sys\n"
@@ -393,9 +408,11 @@ def test_settings_are_read_checked_and_listed_without_the_libraries_that_only_a_
         "assert main(['train', 'trainer.lr=-1']) != 0\n"
         "late = {'transformers', 'peft', 'datasets', 'flwr_datasets', 'pandas', 'matplotlib', 'ray', 'sympy'}\n"
         "print(sorted(late & set(sys.modules)))\n"
+        "import fedzo.commands.train\n"
+        "print('peft' in sys.modules)\n"  # a run takes it for an adapter alone
     )
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-2:] == ["[]", "False"]
     assert "trainer.lr must be" in done.stderr

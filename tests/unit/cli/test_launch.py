@@ -20,6 +20,7 @@ from fedzo.config.travel import to_json
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import FlConfig
 from fedzo.models.config import BaseConfig, TransformersConfig
+from fedzo.records.folder import LOCK
 from fedzo.run.apps import client_app, look_ahead, server_app
 from fedzo.runtime.config import RUNTIMES, InlineConfig, LocalConfig, RemoteConfig, RuntimeConfig
 
@@ -132,6 +133,13 @@ def test_a_run_leaves_a_folder_with_files_that_no_run_made(tmp_path: Path, name:
 
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_folder_that_cannot_be_had_alone_is_told_of_as_one_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+
+    with pytest.raises(RunFolderError, match=r"it must be writable, got .Is a directory.*or choose another"):
+        start_run(LaunchConfig(), tmp_path, overrides=[])
 
 
 def test_what_a_run_goes_on_with_is_compared_with_what_it_had_last(

@@ -33,7 +33,7 @@ from fedzo.fl.config import FlConfig
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.records.decode import to_json as to_line
-from fedzo.records.folder import folder_of_one_process
+from fedzo.records.folder import LOCK, folder_of_one_process
 from fedzo.records.log import Proof
 from fedzo.records.metrics import Round
 from fedzo.records.presence import ClientPresence, Presence
@@ -179,6 +179,16 @@ def test_a_file_with_a_key_may_have_a_blank_in_its_name(server: Path, tmp_path: 
     assert main(["server", "add-client", "a", "--key", str(key), "--dir", str(server)]) == 0
     (client,) = ServerFolder(server).registry.clients
     assert key.read_text().startswith(client.key)
+
+
+def test_a_file_with_a_key_may_have_gone_through_another_system(server: Path, tmp_path: Path) -> None:
+    """As a certificate may: with a byte order mark and other line ends."""
+    key = make_key(tmp_path / "key")
+    (tmp_path / "key.pub").write_bytes(f"\ufeff{key} clinic\r\n".encode())
+
+    assert main(["server", "add-client", "a", "--key", str(tmp_path / "key.pub"), "--dir", str(server)]) == 0
+    (client,) = ServerFolder(server).registry.clients
+    assert client.key == key
 
 
 def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp_path: Path, capsys: Capture) -> None:
@@ -443,6 +453,16 @@ def test_a_run_that_may_go_on_is_asked_to_stop(run: Path, tmp_path: Path, capsys
     assert not (tmp_path / "stop").exists()
 
 
+@pytest.mark.usefixtures("no_locks")
+def test_a_run_that_may_just_begin_is_asked_to_stop(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "config.json").write_text(to_json(filled(LaunchConfig(fl=FlConfig(rounds=2)))))
+
+    with folder_of_one_process(tmp_path):
+        assert main(["stop", str(tmp_path)]) == 0
+
+    assert capsys.readouterr().out == f"asked to stop; whether a process runs it is not known {NO_LOCKS}\n"
+
+
 def test_a_run_that_nobody_works_on_is_not_stopped(run: Path, capsys: Capture) -> None:
     assert main(["stop", str(run)]) != 0
 
@@ -476,7 +496,7 @@ def test_what_a_process_has_and_is_no_run_is_not_stopped(tmp_path: Path, capsys:
         assert main(["stop", str(tmp_path)]) == RUN_FAILED
 
     assert f"{tmp_path / 'config.json'}: it must hold the settings of a run" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [tmp_path / LOCK]
 
 
 def test_status_of_a_server_that_serves_no_run_says_how_the_last_one_ended(
@@ -697,6 +717,8 @@ def test_services_are_filled_in_for_this_folder_and_python(name: str, tmp_path: 
         assert unit["Service"]["KillMode"] == "mixed"  # its processes are ended by the command, in order
     script = (site / "client.sbatch").read_text()
     assert "$SLURM_CPUS_PER_TASK" in script
+    assert "\n##SBATCH --gres=gpu:1\n" in script
+    assert "\n#SBATCH --gres" not in script  # which a cluster without GPUs refuses
     told = ["bash", "-c", script.replace("exec ", "printf '%s\\n' ")]
     started = subprocess.run(told, check=True, capture_output=True, text=True).stdout.splitlines()
     assert started == [sys.executable, "-P", "-m", "fedzo", "client", "up", str(site)]
@@ -1042,6 +1064,7 @@ def test_doctor_tells_whether_a_gpu_of_this_machine_has_kernels_for_directions(
         return object() if there else None
 
     monkeypatch.setattr("fedzo.commands.doctor.fused", fused)
+    monkeypatch.setattr("fedzo.commands.doctor._directions", lambda device: ("directions", True, f"of {device}"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = doctor()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -1053,3 +1076,15 @@ def test_doctor_tells_whether_a_gpu_of_this_machine_has_kernels_for_directions(
     assert ("many times slower" in told) != there
     assert asked == [torch.device("cuda", 1)]
     assert "CUDA kernels" not in [check[0] for check in before]
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_doctor_compares_directions_on_the_device_that_it_names(good: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedzo.commands.doctor._directions", lambda device: ("directions", good, f"of {device}"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+
+    found = doctor()
+
+    assert next(told for name, _, told in found if name == "device").startswith("mps, ")
+    assert [check for check in found if check[0] == "directions"][-1] == ("directions", good, "of mps")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -195,11 +198,38 @@ def test_status_of_a_site_that_may_be_up_says_so(site: Path, capsys: Capture) ->
     (site / "logs" / "supernode.log").write_text(f"{TIME} {CONNECTED} 17\n")
     capsys.readouterr()
 
-    assert main(["status", str(site)]) == 0
+    with folder_of_one_process(site):
+        assert main(["status", str(site)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "site of 127.0.0.1:9: perhaps up (the file system has no locks)",
         "connected to 127.0.0.1:9",
     ]
+
+
+def test_a_site_on_a_disk_of_several_machines_is_up_once_and_seen_to_be_up(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """NFS locks a folder for the machine that asks alone; the others are let in, as all are here."""
+    flock = fcntl.flock
+
+    def lock(opened: int, how: int) -> None:
+        if not stat.S_ISDIR(os.fstat(opened).st_mode):
+            flock(opened, how)
+
+    monkeypatch.setattr("fcntl.flock", lock)
+    monkeypatch.setattr(Processes, "start", lambda *_, **__: None)
+    first = up(ClientFolder(site))
+    next(first)
+    capsys.readouterr()
+
+    assert main(["client", "up", str(site)]) == 1
+    assert "another process is using it" in capsys.readouterr().err
+    assert main(["status", str(site)]) == 0
+    assert capsys.readouterr().out.startswith("site of 127.0.0.1:9: up\n")
+    assert "not checked" in {name for name, *_ in folder_checks(site)}  # no second model is loaded
+    first.close()
+    assert main(["status", str(site)]) == 1
+    assert capsys.readouterr().out == "site of 127.0.0.1:9: down\n"
 
 
 def test_a_site_that_goes_up_keeps_its_logs_to_itself(site: Path, said: Callable[..., list[str]]) -> None:

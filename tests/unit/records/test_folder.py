@@ -14,6 +14,7 @@ import pytest
 from fedzo.errors import ConfigError, FolderInUseError, RunFolderError
 from fedzo.records import folder
 from fedzo.records.folder import (
+    LOCK,
     folder_of_one_process,
     is_locked,
     lock_file,
@@ -110,6 +111,56 @@ def test_a_file_system_without_locks_lets_everybody_in_and_is_told_of_once(
 
     told = "it cannot be locked (No locks available). Let no other process use it meanwhile."
     assert [record.getMessage() for record in caplog.records] == [f"run folder {tmp_path}: {told}"]
+
+
+def test_what_is_locked_of_a_folder_is_a_file_that_is_open_for_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS locks a folder for one machine alone, and no file for one process that only reads it."""
+    flock, locked = fcntl.flock, list[tuple[bool, int]]()
+
+    def lock(opened: int, how: int) -> None:
+        locked.append((stat.S_ISREG(os.fstat(opened).st_mode), fcntl.fcntl(opened, fcntl.F_GETFL) & os.O_RDWR))
+        flock(opened, how)
+
+    monkeypatch.setattr(folder.fcntl, "flock", lock)
+    with folder_of_one_process(tmp_path):
+        assert is_locked(tmp_path / LOCK)
+    assert not is_locked(tmp_path / LOCK)
+
+    assert locked[0] == (True, os.O_RDWR)
+
+
+def test_a_link_in_place_of_the_file_that_is_locked_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / LOCK).symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(RunFolderError, match="must lie in its folder itself"), folder_of_one_process(tmp_path):
+        pass
+
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda file: file.symlink_to(file.with_name("elsewhere")), os.mkfifo], ids=["a link", "a pipe"]
+)
+def test_who_looks_whether_somebody_has_a_file_follows_no_link_and_waits_at_no_pipe(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """The folder may come from somebody else, and a pipe that nobody writes to would never open."""
+    (tmp_path / "elsewhere").touch()
+    make(tmp_path / LOCK)
+
+    with pytest.raises(RunFolderError, match=r"it must (lie in its folder itself|be a regular file)"):
+        is_locked(tmp_path / LOCK)
+
+
+def test_an_error_of_the_system_names_all_of_the_files_path(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+
+    with pytest.raises(FileNotFoundError) as told:
+        open_file(tmp_path / "run", "logs/one")
+
+    assert told.value.filename == str(tmp_path / "run" / "logs" / "one")
 
 
 # --- whose is what root makes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import re
 import time
@@ -92,14 +93,13 @@ def test_a_client_keeps_its_index_as_long_as_a_run_is_served(registry: KeyRegist
     (key,) = keys(tmp_path, 1)
     registry.add("a", index=0, key=key)
     run = file.parent / "run"
-    run.mkdir()
+    run.touch()
     before = file.read_bytes()
 
-    with (
-        folder_of_one_process(run),
-        pytest.raises(ConfigError, match=r"client a: it must keep its index 0 while a run is served\. Wait for"),
-    ):
-        registry.add("a", index=1, key=key)
+    with run.open() as served:
+        fcntl.flock(served, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"client a: it must keep its index 0 while a run is served\. Wait for"):
+            registry.add("a", index=1, key=key)
 
     assert file.read_bytes() == before
     assert registry.add("a", index=1, key=key).index == 1
