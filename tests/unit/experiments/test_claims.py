@@ -41,6 +41,8 @@ MADE: dict[str, Callable[[Any], Any]] = {
     "spallm/accuracy.py": lambda made: made.write_claims(),
     "spallm/gpu.py": lambda made: made.gather(made.known()).rows,
     "spallm/quality.py": lambda made: made.write_claims(read("spallm/quality.json")),
+    "start/run.py": lambda made: made.gather(read("start/results.json")).rows,
+    "start/sweep.py": lambda made: made.gather(read("start/sweep.json")).rows,
     "vpcs/simulate.py": lambda made: made.claims(read("vpcs/simulation.json")).rows,
 }
 """How each script makes its rows of what it has kept; one that gives none has written them beside itself."""
