@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import multiprocessing
 import resource
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -184,6 +186,28 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         for file in (name, f"{name}_schema"):
             ConfigStore.instance().repo[group].pop(f"{file}.yaml", None)
     compose._stored.clear()  # what was stored, by which the next test with these plugins would not store them
+
+
+@pytest.fixture
+def weights_at_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """At each reading of a model, how many weights of those before are there; memory is short, no cycle is sought."""
+    from fedzo.models.load import _read
+
+    weights: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def read(*of: Any, **options: Any) -> Any:
+        alive.append(sum(each() is not None for each in weights))
+        model = _read(*of, **options)
+        weights.extend(weakref.ref(each) for each in model.parameters())
+        return model
+
+    monkeypatch.setattr("fedzo.models.load._read", read)
+    monkeypatch.setattr("fedzo.models.available.available_memory_bytes", lambda device: 1)
+    gc.disable()
+    yield alive
+    gc.enable()
+    assert weights
 
 
 @pytest.fixture

@@ -11,6 +11,10 @@ import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedzo.data.tasks import Rendered
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = {
@@ -280,37 +284,29 @@ def test_command_line_of_the_how_to_composes(tmp_path: Path) -> None:
 
 
 def test_rows_that_list_their_candidates_fit_the_command_line_of_the_how_to(tmp_path: Path) -> None:
-    from fedzo.config.load import load
-    from fedzo.data.tasks import render
-
-    page = (ROOT / "docs" / "how-to-own-task.md").read_text(encoding="utf-8")
-    _, _, section = page.partition("## Candidates in a list")
-    row, command = re.findall(r"^```\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[:2]
-    rows = tmp_path / "questions.jsonl"
-    rows.write_text(row, encoding="utf-8")
-
-    words = shlex.split(command.replace("\\\n", " ").replace("questions.jsonl", str(rows)))
-    rendered = render(json.loads(row), load(words[2:]).task)
+    rendered = rendered_of("## Candidates in a list", tmp_path / "questions.jsonl")
 
     assert rendered.prompt == "Question: Which gas do plants take in? Answer:"
     assert (rendered.label, rendered.answers) == (1, (" oxygen", " carbon dioxide", " helium", " neon"))
 
 
 def test_the_conversation_of_the_how_to_fits_its_command_line(tmp_path: Path) -> None:
+    rendered = rendered_of("## Conversations", tmp_path / "chats.jsonl")
+
+    assert [turn["role"] for turn in rendered.chat] == ["system", "user", "assistant", "user"]
+    assert (rendered.system, rendered.answers) == ("Answer in one sentence.", ("Oxygen.",))
+
+
+def rendered_of(section: str, rows: Path) -> Rendered:
+    """The row of a section of the how-to on tasks, as its command reads it; ``rows`` is the file that this names."""
     from fedzo.config.load import load
     from fedzo.data.tasks import render
 
     page = (ROOT / "docs" / "how-to-own-task.md").read_text(encoding="utf-8")
-    _, _, section = page.partition("## Conversations")
-    row, command = re.findall(r"^```\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[:2]
-    rows = tmp_path / "chats.jsonl"
+    row, command = re.findall(r"^```\n(.*?)^```", page.partition(section)[2], flags=re.DOTALL | re.MULTILINE)[:2]
     rows.write_text(row, encoding="utf-8")
-
-    words = shlex.split(command.replace("chats.jsonl", str(rows)).replace("FOLDER", str(tmp_path)))
-    rendered = render(json.loads(row), load(words[2:]).task)
-
-    assert [turn["role"] for turn in rendered.chat] == ["system", "user", "assistant", "user"]
-    assert (rendered.system, rendered.answers) == ("Answer in one sentence.", ("Oxygen.",))
+    words = shlex.split(command.replace("\\\n", " ").replace(rows.name, str(rows)).replace("FOLDER", str(rows.parent)))
+    return render(json.loads(row), load(words[2:]).task)
 
 
 def test_the_command_line_of_the_how_to_trains_on_token_f1(tmp_path: Path) -> None:
