@@ -21,20 +21,15 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import torch
+from common import Result, fedzo, measure, short_run
 
-from fedzo.bench.claims import Claims, kept_results, metric_lines
-from fedzo.models.load import resolve_device
-from fedzo.records.folder import replace_file
-from fedzo.system import environment
+from fedzo.bench.claims import Claims, metric_lines
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -54,18 +49,10 @@ LOADING = (
     "print(time.perf_counter() - begin)\n"
 )
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)")
-Result = dict[str, Any]
 
 
 def main() -> None:
-    results: dict[str, Result] = kept_results(RESULTS, {})
-    device = resolve_device("auto")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    results[name] = {**measured(), "environment": environment(device)}
-    replace_file(RESULTS, json.dumps(results, indent=1) + "\n")
-    claims = gather(results)
-    claims.show()
-    claims.write(HERE / "claims.json")
+    measure(RESULTS, measured, gather)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -73,12 +60,7 @@ def main() -> None:
 
 def measured() -> Result:
     starts, loads, parts, imports = [], [], [], []
-    with tempfile.TemporaryDirectory() as kept:
-        work = Path(kept)
-        mask = work / "mask.safetensors"
-        fedzo("mask", "--out", str(mask), "experiment=meerkat", "trainer.calibration_docs=2")
-        settings = ["experiment=meerkat", f"inputs.artifact={mask}", "fl.rounds=1", "report=none"]
-        settings += ["evaluation.central=false", "evaluation.federated_every_rounds=-1"]
+    with short_run() as (work, settings):
         for repeat in range(REPEATS):
             starts.append(seconds_to_first_round(settings, work / f"start-{repeat}"))
             loads.append(seconds_of_loading())
@@ -86,12 +68,6 @@ def measured() -> Result:
             imports.append(seconds_by_package(settings, work / f"imports-{repeat}"))
             print(f"start {starts[-1]:.1f} s, loading {loads[-1]:.1f} s, imports {sum(imports[-1].values()):.1f} s")
     return {"starts": starts, "loads": loads, "parts": parts, "imports": imports}
-
-
-def fedzo(*words: str, python: tuple[str, ...] = (), errors: int = subprocess.DEVNULL) -> subprocess.CompletedProcess:
-    """Run a command of fedzo."""
-    command = [sys.executable, *python, "-m", "fedzo", *words]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=errors, text=True, check=True)
 
 
 def seconds_to_first_round(settings: list[str], folder: Path) -> float:

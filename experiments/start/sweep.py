@@ -11,22 +11,15 @@ Results of a device take the place of earlier ones of this device in sweep.json;
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import torch
+from common import Result, fedzo, measure, short_run
 
-from fedzo.bench.claims import Claims, kept_results, with_range
-from fedzo.models.load import resolve_device
-from fedzo.records.folder import replace_file
-from fedzo.system import environment, package_version, usable_cpus
+from fedzo.bench.claims import Claims, with_range
+from fedzo.system import package_version, usable_cpus
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "sweep.json"
@@ -34,19 +27,11 @@ REPEATS = 3
 SEEDS = (0, 1, 2, 3)
 ONE, COMMANDS, TWO = "in one process", "as commands, one after another", "in two processes"
 WHAT = f"{len(SEEDS)} runs of a round of experiment=meerkat, mask given"
-Result = dict[str, Any]
 Run = Callable[[list[str], Path], None]
 
 
 def main() -> None:
-    results: dict[str, Result] = kept_results(RESULTS, {})
-    device = resolve_device("auto")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    results[name] = {**measured(), "environment": environment(device)}
-    replace_file(RESULTS, json.dumps(results, indent=1) + "\n")
-    claims = gather(results)
-    claims.show()
-    claims.write(HERE / "claims.json")
+    measure(RESULTS, measured, gather)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -59,13 +44,9 @@ def measured() -> Result:
         ways[TWO] = in_two_processes
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     alike = 0
-    with tempfile.TemporaryDirectory() as kept:
-        mask = Path(kept) / "mask.safetensors"
-        fedzo("mask", "--out", str(mask), "experiment=meerkat", "trainer.calibration_docs=2")
-        settings = ["experiment=meerkat", f"inputs.artifact={mask}", "fl.rounds=1", "report=none"]
-        settings += ["evaluation.central=false", "evaluation.federated_every_rounds=-1"]
+    with short_run() as (work, settings):
         for repeat in range(REPEATS):
-            folders = {name: Path(kept) / f"{repeat}-{number}" for number, name in enumerate(ways)}
+            folders = {name: work / f"{repeat}-{number}" for number, name in enumerate(ways)}
             for name, run in ways.items():
                 begin = time.perf_counter()
                 run(settings, folders[name])
@@ -93,12 +74,6 @@ def in_two_processes(settings: list[str], folder: Path) -> None:
 def as_jobs(folder: Path) -> list[str]:
     """The seeds, and a folder for each: the number of a job is its seed."""
     return [f"seed={','.join(map(str, SEEDS))}", f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=job${hydra:job.num}"]
-
-
-def fedzo(*words: str) -> None:
-    """Run a command of fedzo."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([sys.executable, "-m", "fedzo", *words], check=True, **quiet)
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if not is_out_of_memory(error):
             raise
         said = printable(str(error) or type(error).__name__, most=200).rstrip(".")
-        remedy = "Free some, lower model.tokens_per_batch, or write model.dtype=bfloat16."
+        remedy = "Free some, write a small model.tokens_per_batch, such as 1024, or model.dtype=bfloat16."
         print(f"fedzo {arguments.command}: out of memory ({said}). {remedy}", file=sys.stderr)
         return RUN_FAILED
     except KeyboardInterrupt as stop:

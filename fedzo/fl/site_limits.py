@@ -45,7 +45,10 @@ def as_site_error(error: Exception) -> SiteError:
     what = str(error) or type(error).__name__
     if is_out_of_memory(error):
         first = what.splitlines()[0].rstrip(".")
-        remedy = "Lower model.tokens_per_batch or model.lower_layers_cache_mb, or take a smaller model.dtype."
+        remedy = (
+            "Write a small model.tokens_per_batch, such as 1024, lower model.lower_layers_cache_mb, or take a smaller "
+            "model.dtype."
+        )
         return SiteError(Refusal.memory, f"{first}. {remedy}")
     return SiteError(Refusal.foreign if isinstance(error, ProtocolError) else Refusal.failed, what)
 

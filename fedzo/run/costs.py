@@ -114,8 +114,9 @@ def trained_bytes(loaded: LoadedModel, space: Space, local_steps: int, *, reads_
     taken = space.step_bytes(local_steps)
     if not space.perturbs_weights:
         return taken
-    head = getattr(cast(Any, loaded.model).get_output_embeddings(), "weight", None) if reads_head else None
-    taken += sum(each.nbytes for each in space.parameters if id(each) == id(head))
+    outputs: Any = cast(Any, loaded.model).get_output_embeddings() if reads_head else None
+    head: torch.Tensor | None = getattr(outputs, "weight", None)
+    taken += sum(each.nbytes for each in space.parameters if each is head)
     return taken + (space.step_bytes(1) if _is_captured(loaded) else 0)  # which the graphs make in their pool, too
 
 

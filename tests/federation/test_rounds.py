@@ -535,7 +535,8 @@ def test_a_client_whose_memory_is_too_small_for_a_step_says_so_and_the_run_goes_
     why = "refusal 38, its memory is too small for the request. Its own log says why"
     assert why in rounds[0]["reasons"]["1"]
     assert why in rounds[1]["reasons"]["2"]
-    said = [record.getMessage() for record in caplog.records if "Lower model.tokens_per_batch" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records]
+    said = [text for text in told if "Write a small model.tokens_per_batch" in text]
     assert len(said) == 2
     assert "Tried to allocate 2.00 GiB" in said[0]
     assert "DefaultCPUAllocator" in said[1]

@@ -216,7 +216,7 @@ def test_memory_that_does_not_suffice_is_one_line(
     monkeypatch.setattr(sys.modules["fedzo.commands.replay"], "replay_run", fail)
 
     assert main(["replay", "."]) == 1
-    remedy = "Free some, lower model.tokens_per_batch, or write model.dtype=bfloat16."
+    remedy = "Free some, write a small model.tokens_per_batch, such as 1024, or model.dtype=bfloat16."
     assert capsys.readouterr().err == f"fedzo replay: out of memory ({said}). {remedy}\n"
 
 

@@ -21,6 +21,11 @@ LATE = ["aiohttp", "datasets", "flwr_datasets", "matplotlib", "pandas"]
 """What a run without a report, whose rows no partitioner of Flower's deals, has no use for."""
 
 
+@pytest.fixture(autouse=True)
+def scripts_find_what_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
 @pytest.fixture
 def start(script: Callable[[Path], ModuleType]) -> Any:
     return script(FOLDER / "run.py")
